@@ -1,0 +1,1 @@
+"""Stillroom: distil a fine-tuned encoder into a small, fast one, and prove what was kept."""

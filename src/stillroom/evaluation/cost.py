@@ -1,0 +1,58 @@
+"""What a model costs: parameters, bytes, and milliseconds per example at batch size 1."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from stillroom.data.batching import pad
+from stillroom.data.tokens import TokenisedRows
+from stillroom.encoder import Encoder, Needs
+
+_WARMUP = 5
+
+
+def parameters(encoder: Encoder) -> tuple[int, int]:
+    """Return the number of parameters, and of those outside embedding tables."""
+    total = sum(p.numel() for p in encoder.parameters())
+    tables = {id(m.weight): m.weight for m in encoder.modules() if isinstance(m, nn.Embedding)}
+    return total, total - sum(weight.numel() for weight in tables.values())
+
+
+def bytes_of_weights(folder: Path) -> int:
+    """Return the size of the folder's weight files in bytes."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def milliseconds(
+    models: Sequence[tuple[Encoder, TokenisedRows]], *, bf16: bool, rows: int = 50
+) -> list[float]:
+    """Return each model's median milliseconds per example, one example at a time.
+
+    The models take turns on the same rows, so that a machine whose speed drifts is fair to all.
+
+    Args:
+        models: Encoders with a split as each tokenises it.
+        bf16: Whether to compute in bf16 autocast.
+        rows: How many rows of the split are timed, evenly spread.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    count = len(models[0][1])
+    chosen = np.linspace(0, count - 1, min(rows, count)).astype(int)
+    turns = [*chosen[:_WARMUP], *chosen]
+    for turn, row in enumerate(turns):
+        for (encoder, tokens), kept in zip(models, times, strict=True):
+            device = next(encoder.parameters()).device
+            inputs = pad(tokens, np.array([row])).to(device)
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                start = time.perf_counter()
+                # Reading the value back waits for the device.
+                encoder(inputs, Needs(logits=True)).logits.float().cpu()
+                seconds = time.perf_counter() - start
+            if turn >= min(_WARMUP, len(chosen)):
+                kept.append(1000 * seconds)
+    return [statistics.median(kept) for kept in times]

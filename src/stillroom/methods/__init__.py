@@ -1,0 +1,35 @@
+"""Every method by name. A new method is one file and one line here."""
+
+from stillroom.errors import WrongInput
+from stillroom.methods import kd, lrc_bert, none
+from stillroom.methods.base import Context, Method, Plan
+from stillroom.recipe import MethodSettings, Recipe, Settings, nearest, validate
+
+METHODS: dict[str, Method] = {method.name: method for method in (none.METHOD, kd.METHOD, lrc_bert.METHOD)}
+
+
+def find(name: str) -> Method:
+    """Return a method by name, or raise `WrongInput` that names the nearest."""
+    if name not in METHODS:
+        raise WrongInput(f"Unknown method {name!r}.{nearest(name, list(METHODS))}")
+    return METHODS[name]
+
+
+def settings_of(given: MethodSettings) -> Settings:
+    """Return the method's own settings, checked, or raise `WrongInput` with the wrong key."""
+    return validate(find(given.name).settings, given.options, section="method")
+
+
+def build(given: MethodSettings, context: Context) -> Plan:
+    """Return the plan of the named method in this context."""
+    return find(given.name).build(settings_of(given), context)
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Return the recipe with the method's options and training defaults spelt out."""
+    settings = settings_of(recipe.method)
+    method = MethodSettings(name=recipe.method.name, **settings.model_dump())
+    defaults = find(recipe.method.name).training
+    unset = {key: value for key, value in defaults.items() if key not in recipe.training.model_fields_set}
+    training = recipe.training.model_copy(update=unset)
+    return recipe.model_copy(update={"method": method, "training": training})

@@ -1,0 +1,280 @@
+"""LRC-BERT: contrastive distillation of intermediate layers by angles, perturbed, in two stages.
+
+Fu et al.: "LRC-BERT: Latent-representation Contrastive Knowledge Distillation for Natural Language
+Understanding", AAAI 2021, arXiv 2012.07335. Equations as re-implemented by GLMKD and BERT-gang;
+`docs/methods/lrc-bert.md` says what could not be checked against the paper.
+
+Shapes: L mapped layers, B batch, S tokens, D student width, E teacher width, K negatives.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from stillroom.data.batching import Batch
+from stillroom.encoder import Needs, Outputs
+from stillroom.errors import WrongInput
+from stillroom.methods.base import Context, Method, Perturbation, Plan, Stage, Term
+from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.ops.layer_map import LayerMap, resolve_layer_map
+from stillroom.recipe import Settings
+
+_EPS = 1e-12
+
+
+class LRCBertSettings(Settings):
+    """Options of `lrc-bert`. Defaults are those of the two re-implementations where they agree."""
+
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of COS-NCE (summed over layers), in both stages."""
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the soft labels, in the second stage."""
+    gamma: Annotated[float, Field(ge=0)] = 3.0
+    """Weight of the hard labels, in the second stage."""
+    temperature: Annotated[float, Field(gt=0)] = 1.1
+    """t of the soft labels; the loss is multiplied by t squared."""
+    switch: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Share of the steps in the first stage, COS-NCE alone. 0 trains in one stage."""
+    vector: Literal["token", "cls", "mean"] = "token"
+    """What is compared: tokens at the same position (masked), the first token, or their mean."""
+    layer_map: LayerMap = "uniform"
+    """Teacher layer of each student layer, or `uniform`: every (teacher / student)-th."""
+    projection: Literal["per_layer", "shared"] = "per_layer"
+    """One matrix from student to teacher width for each layer, or one for all."""
+    negatives: Literal["in_batch", "bank"] = "in_batch"
+    """The other rows of the batch, or rows drawn from a bank of all rows seen."""
+    bank_negatives: Annotated[int, Field(ge=1)] = 15
+    """K, the rows drawn for each anchor with `negatives: bank`."""
+    label_aware: bool = False
+    """Whether a negative must have another label than its anchor."""
+    perturbation: Literal["both", "second", "off"] = "both"
+    """Stages in which the step is taken on perturbed embeddings."""
+    epsilon: Annotated[float, Field(gt=0)] = 1.0
+    """Length of the perturbation."""
+    perturbation_norm: Literal["token", "tensor"] = "token"
+    """Whether each token's gradient, or the whole tensor's, is scaled to epsilon."""
+
+
+def angular_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``g(x, y) = 1 - x.y / (|x| |y|)``, formula (2), in [0, 2]; norms clamped at 1e-12."""
+    return 1 - (F.normalize(x, dim=-1, eps=_EPS) * F.normalize(y, dim=-1, eps=_EPS)).sum(-1)
+
+
+def cos_nce(student_BE: Tensor, teacher_BE: Tensor, negatives_BKE: Tensor) -> Tensor:
+    """Return COS-NCE of each anchor, formula (1), in [0, 4].
+
+    ``sum_i [2 - (g(n_i, s) - g(t, s))] / (2K) + g(t, s)``. The student is the anchor; the teacher's
+    vector of the same row is the positive, its vectors of other rows are the negatives.
+
+    Args:
+        student_BE: Anchors, shape ``(B, E)``; gradients flow here.
+        teacher_BE: Positives, shape ``(B, E)``; detached.
+        negatives_BKE: Negatives of each anchor, shape ``(B, K, E)``; detached.
+
+    Returns:
+        Shape ``(B,)``, unitless.
+
+    Raises:
+        ValueError: If there are no negatives.
+
+    Example:
+        >>> s, t, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 1.0]]])
+        >>> cos_nce(s, t, n).tolist()
+        [0.5]
+    """
+    K = negatives_BKE.shape[1]
+    if K == 0:
+        raise ValueError("COS-NCE needs at least one negative for each anchor, found none")
+    positive_B = angular_distance(teacher_BE.detach(), student_BE)
+    negative_BK = angular_distance(negatives_BKE.detach(), student_BE[:, None])
+    return (2 - (negative_BK - positive_B[:, None])).sum(1) / (2 * K) + positive_B
+
+
+def cos_nce_of_cosines(cosine_LBB: Tensor, negative_BB: Tensor) -> Tensor:
+    """Return COS-NCE of each anchor from all cosines: ``2 - 1.5 c_aa + 0.5 mean_b c_ab``.
+
+    The closed form of formula (1). ``negative_BB`` is 1 where row b is a negative of anchor a; an
+    anchor without any keeps its positive part, as if its negatives were orthogonal to it.
+    """
+    positive_LB = cosine_LBB.diagonal(dim1=-2, dim2=-1)
+    count_B = negative_BB.sum(-1).clamp(min=1)
+    negative_LB = (cosine_LBB * negative_BB).sum(-1) / count_B
+    return 2 - 1.5 * positive_LB + 0.5 * negative_LB
+
+
+def pooled_cos_nce(student_LBE: Tensor, teacher_LBE: Tensor) -> Tensor:
+    """Return COS-NCE of each anchor, all other rows its negatives, in O(B E) through their sum.
+
+    Args:
+        student_LBE: One vector per row and layer; gradients flow here.
+        teacher_LBE: The same of the teacher; detached.
+
+    Returns:
+        Shape ``(L, B)``; equal to formula (1) to rounding.
+    """
+    s = F.normalize(student_LBE, dim=-1, eps=_EPS)
+    t = F.normalize(teacher_LBE.detach(), dim=-1, eps=_EPS)
+    positive_LB = (s * t).sum(-1)
+    all_LB = (s * t.sum(1, keepdim=True)).sum(-1)
+    return 2 - 1.5 * positive_LB + 0.5 * (all_LB - positive_LB) / (s.shape[1] - 1)
+
+
+def token_cosines(student_LBSE: Tensor, teacher_LBSE: Tensor, mask_BS: Tensor) -> Tensor:
+    """Return the mean cosine of tokens at the same position, for every pair of rows.
+
+    ``c_ab = sum_p m_ap m_bp cos(s_ap, t_bp) / sum_p m_ap m_bp``: a position counts where it is a
+    real token in both rows. One matrix product over flattened positions, no (B, B, S) tensor.
+
+    Args:
+        student_LBSE: Projected student states; gradients flow here.
+        teacher_LBSE: Teacher states; detached.
+        mask_BS: 1 on real tokens; every row has one at position 0.
+
+    Returns:
+        Shape ``(L, B, B)``, anchors in rows, teacher rows in columns.
+    """
+    mask_BS = mask_BS.to(student_LBSE.dtype)
+    u = F.normalize(student_LBSE, dim=-1, eps=_EPS) * mask_BS[..., None]
+    v = F.normalize(teacher_LBSE.detach(), dim=-1, eps=_EPS) * mask_BS[..., None]
+    return u.flatten(2) @ v.flatten(2).mT / (mask_BS @ mask_BS.T)
+
+
+def pool(states_LBSD: Tensor, mask_BS: Tensor, vector: Literal["cls", "mean"]) -> Tensor:
+    """Return the first token's state, or the mean over real tokens, shape ``(L, B, D)``."""
+    if vector == "cls":
+        return states_LBSD[:, :, 0]
+    weight = mask_BS.to(states_LBSD.dtype)[..., None]
+    return (states_LBSD * weight).sum(2) / weight.sum(1)
+
+
+class CosNCE(Term):
+    """COS-NCE over the mapped layers: batch mean of each layer, summed over layers."""
+
+    bank: Tensor
+    bank_labels: Tensor
+
+    same_tokens = True
+    least_rows = 2
+
+    def __init__(self, settings: LRCBertSettings, context: Context, layers: tuple[int, ...]):
+        super().__init__()
+        self.settings = settings
+        self.classification = context.kind == "classification"
+        self.student_layers = tuple(range(1, len(layers) + 1))
+        self.teacher_layers = layers
+        self.student_needs = Needs(hidden_states=frozenset(self.student_layers))
+        self.teacher_needs = Needs(hidden_states=frozenset(layers))
+        matrices = 1 if settings.projection == "shared" else len(layers)
+        projection = torch.empty(matrices, context.student_width, context.teacher_width)
+        for matrix in projection:
+            # Starts without turning anything: identity where the widths agree.
+            if context.student_width == context.teacher_width:
+                nn.init.eye_(matrix)
+            else:
+                nn.init.orthogonal_(matrix)
+        self.projection = nn.Parameter(projection)
+        if settings.negatives == "bank":
+            bank = torch.zeros(context.rows, len(layers), context.teacher_width)
+            self.register_buffer("bank", bank)
+            self.register_buffer("bank_labels", torch.full((context.rows,), -1))
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """Return the loss; raises `ValueError` for a batch of one row, which has no negatives."""
+        mask_BS = batch.student.attention_mask
+        if mask_BS.shape[0] < 2:
+            raise ValueError("COS-NCE needs at least two rows in a batch, found one")
+        states = torch.stack([student.hidden_states[i] for i in self.student_layers])
+        goals = torch.stack([teacher.hidden_states[j] for j in self.teacher_layers])
+        vector = self.settings.vector
+        if vector != "token":
+            # Pooling and projecting are both linear, so the short tensor is projected.
+            states, goals = pool(states, mask_BS, vector), pool(goals, mask_BS, vector)
+        L = len(states)
+        projection = self.projection.expand(L, -1, -1)
+        states = (states.flatten(1, -2) @ projection).view_as(goals)
+        if self.settings.negatives == "bank":
+            negatives = self._draw(goals, batch)
+            each = [cos_nce(s, t, n) for s, t, n in zip(states, goals, negatives, strict=True)]
+            return torch.stack(each).mean(1).sum()
+        if vector == "token":
+            cosine_LBB = token_cosines(states, goals, mask_BS)
+        elif self.settings.label_aware:
+            cosine_LBB = F.normalize(states, dim=-1, eps=_EPS) @ F.normalize(goals, dim=-1, eps=_EPS).mT
+        else:
+            return pooled_cos_nce(states, goals).mean(1).sum()
+        return cos_nce_of_cosines(cosine_LBB, self._negatives(batch)).mean(1).sum()
+
+    def _negatives(self, batch: Batch) -> Tensor:
+        """Return ``(B, B)``: 1 where row b may be a negative of anchor a."""
+        y = batch.labels
+        if self.settings.label_aware:
+            return (y[:, None] != y[None, :]).float()
+        return 1 - torch.eye(len(y), device=y.device)
+
+    @torch.no_grad()
+    def _draw(self, goals_LBE: Tensor, batch: Batch) -> Tensor:
+        """Put the batch into the bank and return K drawn rows for each anchor, ``(L, B, K, E)``."""
+        rows = batch.row_ids
+        self.bank[rows] = goals_LBE.transpose(0, 1)
+        self.bank_labels[rows] = batch.labels.long() if self.classification else 0
+        allowed = (self.bank_labels >= 0).float().repeat(len(rows), 1)
+        allowed[torch.arange(len(rows), device=rows.device), rows] = 0
+        if self.settings.label_aware:
+            other = (self.bank_labels[None] != batch.labels[:, None]).float()
+            # Early on every row seen may share the anchor's label: then any of them serves.
+            none = (allowed * other).sum(1, keepdim=True) == 0
+            allowed = torch.where(none, allowed, allowed * other)
+        drawn = torch.multinomial(allowed, self.settings.bank_negatives, replacement=True)
+        return self.bank[drawn].permute(2, 0, 1, 3)
+
+
+def build(settings: LRCBertSettings, context: Context) -> Plan:
+    """Return COS-NCE alone up to the switch, then all three losses; perturbed as set.
+
+    Raises:
+        WrongInput: If options do not go together, or the layer map does not fit the depths.
+    """
+    if settings.label_aware and context.kind != "classification":
+        raise WrongInput(
+            f"method.label_aware compares classes, and the task is {context.kind}: set it to false."
+        )
+    if settings.negatives == "bank" and settings.vector == "token":
+        raise WrongInput(
+            "method.negatives: bank keeps one vector per row: set method.vector to cls or mean."
+        )
+    second = {"cos_nce": settings.alpha, "soft": settings.beta, "hard": settings.gamma}
+    second = {name: weight for name, weight in second.items() if weight > 0}
+    if not second:
+        raise WrongInput("method.alpha, beta and gamma are all 0: there is nothing to train on.")
+    terms: dict[str, Term] = {}
+    if "cos_nce" in second:
+        layers = resolve_layer_map(settings.layer_map, context.student_depth, context.teacher_depth)
+        terms["cos_nce"] = CosNCE(settings, context, layers)
+    if "soft" in second:
+        terms["soft"] = SoftLabels(context.kind, settings.temperature)
+    if "hard" in second:
+        terms["hard"] = HardLabels(context.kind)
+    stages = [Stage(0.0, second, perturb=settings.perturbation != "off")]
+    if settings.switch > 0 and "cos_nce" in second:
+        # Without COS-NCE there is nothing to do in the first stage, so there is one stage.
+        first = Stage(0.0, {"cos_nce": settings.alpha}, perturb=settings.perturbation == "both")
+        stages = [first]
+        if settings.switch < 1:
+            stages.append(Stage(settings.switch, second, perturb=settings.perturbation != "off"))
+    perturbation = Perturbation(settings.epsilon, settings.perturbation_norm)
+    return Plan(terms, tuple(stages), perturbation)
+
+
+METHOD = Method(
+    name="lrc-bert",
+    title="LRC-BERT",
+    paper="Fu et al. 2021, arXiv 2012.07335",
+    summary="Angular contrastive loss on intermediate layers, perturbed embeddings, two stages.",
+    status="as re-implemented by GLMKD and BERT-gang",
+    settings=LRCBertSettings,
+    build=build,
+    training={"epochs": 18, "batch_size": 16},
+)

@@ -1,0 +1,1 @@
+"""Pure tensor functions that two methods or more share."""

@@ -1,0 +1,96 @@
+"""Losses on the prediction layer: hard labels, and the teacher's soft labels.
+
+Shapes: B batch, C classes. All compute in the dtype they are given; call them in float32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stillroom.data.tasks import Kind
+
+
+def hard_label_loss(logits_BC: Tensor, labels: Tensor, *, kind: Kind) -> Tensor:
+    """Return the task's own loss, averaged over the batch.
+
+    Classification: ``-mean_b log softmax(z_b)[y_b]`` in nats. Multi-label: the mean over rows of
+    ``sum_c`` binary cross-entropy, in nats. Regression: ``mean_b (z_b - y_b)**2``.
+
+    Args:
+        logits_BC: Logits, shape ``(B, C)``, ``(B, 1)`` for regression; gradients flow here.
+        labels: ``(B,)`` int64, ``(B,)`` float, or ``(B, C)`` float of zeros and ones.
+        kind: What the labels mean.
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: If the shapes do not fit the kind.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> round(hard_label_loss(logits, torch.tensor([1]), kind="classification").item(), 4)
+        0.6931
+    """
+    if kind == "classification":
+        if logits_BC.ndim != 2 or labels.shape != logits_BC.shape[:1]:
+            raise ValueError(_shapes("(B, C) and (B,)", logits_BC, labels))
+        return F.cross_entropy(logits_BC, labels)
+    if kind == "multi-label":
+        if labels.shape != logits_BC.shape:
+            raise ValueError(_shapes("(B, C) twice", logits_BC, labels))
+        each = F.binary_cross_entropy_with_logits(logits_BC, labels, reduction="none")
+        return each.sum(-1).mean()
+    if logits_BC.shape != (*labels.shape, 1):
+        raise ValueError(_shapes("(B, 1) and (B,)", logits_BC, labels))
+    return F.mse_loss(logits_BC.squeeze(-1), labels)
+
+
+def soft_label_loss(
+    student_BC: Tensor, teacher_BC: Tensor, *, temperature: float, kind: Kind = "classification"
+) -> Tensor:
+    """Return the temperature-scaled divergence from teacher to student.
+
+    Classification: ``T**2 * mean_b KL(softmax(teacher / T) || softmax(student / T))``, Hinton et
+    al. (2015), sec. 2; ``T**2`` keeps the gradient on the scale of the hard-label loss.
+    Multi-label: the same, summed over the labels' Bernoulli distributions. Regression has no
+    distribution to soften: ``mean_b (student - teacher)**2``, and T is not used.
+
+    Args:
+        student_BC: Logits, shape ``(B, C)``; gradients flow here only.
+        teacher_BC: Logits, shape ``(B, C)``; detached.
+        temperature: T > 0, unitless; 1 leaves the logits as they are.
+        kind: What the logits mean.
+
+    Returns:
+        Scalar in nats (squared label units for regression), averaged over the batch; 0 to rounding
+        when both agree.
+
+    Raises:
+        ValueError: If the shapes differ or ``temperature`` is not positive and finite.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0]])
+        >>> soft_label_loss(logits, logits, temperature=2.0).item()
+        0.0
+    """
+    if student_BC.shape != teacher_BC.shape or student_BC.ndim != 2:
+        raise ValueError(_shapes("(B, C) twice", student_BC, teacher_BC))
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, found {temperature}")
+    teacher_BC = teacher_BC.detach()
+    if kind == "regression":
+        return F.mse_loss(student_BC, teacher_BC)
+    s, t = student_BC / temperature, teacher_BC / temperature
+    if kind == "multi-label":
+        # One Bernoulli per label is a softmax over the logits (z, 0).
+        s, t = (torch.stack([x, torch.zeros_like(x)], dim=-1) for x in (s, t))
+    log_p, log_q = F.log_softmax(t, dim=-1), F.log_softmax(s, dim=-1)
+    divergence = (log_p.exp() * (log_p - log_q)).flatten(1).sum(1).mean()
+    return temperature**2 * divergence
+
+
+def _shapes(expected: str, first: Tensor, second: Tensor) -> str:
+    return f"expected shapes {expected}, found {tuple(first.shape)} and {tuple(second.shape)}"

@@ -1,0 +1,250 @@
+"""What a run is: typed settings, read from YAML and from `a.b=c`, refused where misspelt."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stillroom import durable
+from stillroom.errors import WrongInput
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+Precision = Literal["auto", "float32", "bf16"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DatasetSettings(Settings):
+    """Where the rows come from and how to read them."""
+
+    name: str
+    """`glue/<task>`, `builtin/<name>`, or a file or folder of CSV, TSV, JSONL or Parquet."""
+    data_dir: Path | None = None
+    """Folder with `glue/<task>/<split>.parquet`; else $STILLROOM_DATA, else the hub."""
+    validation: Path | None = None
+    """Validation file, where `name` is a single training file. Default: every tenth row."""
+    text: tuple[str, ...] | None = None
+    """One or two text columns; found by their usual names if not given."""
+    label: str | None = None
+    """Label column; found by its usual names if not given."""
+    kind: Literal["auto", "classification", "regression", "multi-label"] = "auto"
+    """What the labels mean; `auto` reads it off the column."""
+    labels: tuple[str, ...] | None = None
+    """Class names in the order of the label numbers, for files whose labels are numbers."""
+    max_length: Annotated[int, Field(ge=8)] = 128
+    """Rows are cut to this many tokens."""
+    train_rows: Annotated[int, Field(ge=2)] | None = None
+    """Use only this many training rows, drawn with a fixed seed (0). Default: all."""
+
+
+class MethodSettings(BaseModel):
+    """A method's name, and its own options beside it, which the method itself checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "lrc-bert"
+    """One of `stillroom methods`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beside `name`."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class TrainingSettings(Settings):
+    """The training loop's settings, the same for every method."""
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    """Passes over the training rows; a fraction is allowed."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Most rows in a batch."""
+    max_tokens: Annotated[int, Field(ge=8)] = 8192
+    """Most tokens in a batch, padding included: long rows make smaller batches."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Batches whose gradients are averaged into one optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate, reached after warm-up, then falling linearly to zero."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decay, on matrices only (not on biases and norms)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients of student and terms together are clipped to this 2-norm."""
+    precision: Precision = "auto"
+    """`bf16` autocast, `float32`, or `auto`: bf16 where the device computes it fast."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of row order, dropout and everything that starts at random."""
+    evaluate_every: Annotated[float, Field(gt=0)] = 1.0
+    """Epochs between two evaluations on the validation split."""
+    select: Literal["best", "last"] = "best"
+    """Keep the student of the best evaluation, or of the last step."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many evaluations without a better one. Default: never."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest checkpoints stay on disk."""
+    log_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two lines of log.jsonl."""
+    log_with: tuple[str, ...] = ()
+    """Trackers of accelerate to log to as well, such as `tensorboard` or `wandb`."""
+
+    @model_validator(mode="after")
+    def _patience_needs_selection(self) -> Self:
+        if self.patience is not None and self.select == "last":
+            raise ValueError("patience stops at the best evaluation; it needs select: best")
+        return self
+
+
+class Recipe(Settings):
+    """All of a run. Saved as `recipe.yaml`; running that again gives the same student."""
+
+    teacher: str
+    """A fine-tuned sequence-classification encoder: a local folder or a hub id."""
+    dataset: DatasetSettings
+    """The rows to train and to validate on."""
+    student: str = "4x312"
+    """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
+    method: MethodSettings = MethodSettings()
+    """The distillation method and its options."""
+    training: TrainingSettings = TrainingSettings()
+    """The loop's settings."""
+    control: bool = False
+    """Train the same student without a teacher as well, to show what distillation added."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_stand_for_sections(cls, values: Any) -> Any:
+        """`dataset: glue/cola` and `method: kd` are short for sections with only a name."""
+        if isinstance(values, Mapping):
+            values = dict(values)
+            for section in ("dataset", "method"):
+                if isinstance(values.get(section), str):
+                    values[section] = {"name": values[section]}
+        return values
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = (), **given: Any) -> Self:
+        """Return the recipe of a YAML file, with what is given beside it taking precedence.
+
+        Args:
+            path: A YAML file, or None to start from nothing.
+            overrides: `a.b=c` each, `c` read as YAML; applied last, in order.
+            **given: Top-level values (None means not given).
+
+        Returns:
+            The validated recipe.
+
+        Raises:
+            WrongInput: If the file is not there or not YAML, or a key or value is not valid; the
+                message names the nearest valid key.
+
+        Example:
+            >>> recipe = Recipe.load(teacher="t", dataset="glue/cola", overrides=["training.epochs=1"])
+            >>> recipe.training.epochs
+            1.0
+        """
+        values = read_yaml(Path(path)) if path is not None else {}
+        for key, value in given.items():
+            if value is not None:
+                old = values.get(key)
+                if isinstance(old, dict) and isinstance(value, str):
+                    # A name given beside a section replaces the name; another method drops options.
+                    value = {**old, "name": value} if key == "dataset" else {"name": value}
+                values[key] = value
+        for override in overrides:
+            set_value(values, override)
+        return validate(cls, values)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML, every setting spelt out."""
+        durable.write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a YAML file's mapping, or raise `WrongInput` naming the file and line."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WrongInput(f"Expected a recipe file, found nothing at {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise WrongInput(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise WrongInput(f"{path} should hold `key: value` lines, found {type(values).__name__}.")
+    return values
+
+
+def set_value(values: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c` to nested `values` in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise WrongInput(f"Expected `--set key=value`, such as training.epochs=3, found {override!r}.")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if isinstance(inner, str):
+            inner = values[section] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise WrongInput(f"--set {override}: {section} is a single value, it has no {name}.")
+        values = inner
+    try:
+        values[name] = yaml.safe_load(text)
+        if isinstance(values[name], str):
+            # YAML 1.1 reads 1e-4 as text; a person means the number.
+            values[name] = _number_or_text(values[name])
+    except yaml.YAMLError as error:
+        raise WrongInput(f"--set {override}: the value is not YAML: {error}") from None
+
+
+def validate(model: type[_Model], values: Mapping[str, Any], section: str = "") -> _Model:
+    """Return `model(**values)`, or raise `WrongInput` with one line per wrong key or value."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise WrongInput(
+            "\n".join(_explain(model, problem, section) for problem in error.errors())
+        ) from None
+
+
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """Return ` Did you mean x?` for the valid name nearest to `name`, and the list of all."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"{hint} Valid: {', '.join(valid)}."
+
+
+def _explain(model: type[BaseModel], problem: Any, section: str) -> str:
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join([section, *path] if section else path)
+    if problem["type"] == "extra_forbidden":
+        inner: type[BaseModel] = model
+        for part in path[:-1]:
+            inner = _section_model(inner, part)
+        return f"Unknown key {where}.{nearest(path[-1], list(inner.model_fields))}"
+    if problem["type"] == "missing":
+        return f"Missing key {where}: set it in the recipe or on the command line."
+    message = problem["msg"].removeprefix("Value error, ")
+    found = "" if not path else f", found {problem['input']!r}"
+    return f"{where or 'recipe'}: {message}{found}."
+
+
+def _section_model(model: type[BaseModel], name: str) -> type[BaseModel]:
+    annotation = model.model_fields[name].annotation
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,1 @@
+"""One call, Batch to Outputs, whatever gives the teacher's answers."""

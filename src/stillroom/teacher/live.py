@@ -1,0 +1,33 @@
+"""The teacher as the model itself: frozen, in evaluation mode, computed anew for each batch."""
+
+import torch
+from torch import nn
+
+from stillroom.data.batching import Batch
+from stillroom.encoder import Encoder, Needs, Outputs
+
+
+class LiveTeacher:
+    """Calls the teacher on a batch. It is no `nn.Module`, so that nothing trains or saves it."""
+
+    def __init__(self, encoder: Encoder, *, device: torch.device, bf16: bool):
+        self.encoder = encoder.to(device).eval().requires_grad_(False)
+        self._device = device
+        self._bf16 = bf16
+
+    @property
+    def module(self) -> nn.Module:
+        """The frozen model."""
+        return self.encoder
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, needs: Needs) -> Outputs:
+        """Return what `needs` names for the batch's rows, detached, in float32.
+
+        A stage that needs nothing of the teacher costs nothing.
+        """
+        if needs == Needs():
+            return Outputs(torch.empty(0, device=self._device))
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            outputs: Outputs = self.encoder(batch.teacher, needs)
+        return outputs.float()

@@ -1,0 +1,150 @@
+"""Checkpoints from which a killed run goes on to the same bytes."""
+
+import json
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stillroom import durable
+from stillroom.training.distiller import Distiller
+
+_PREFIX = "step-"
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beside weights and random states. All of it is JSON."""
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_value: float | None = None
+    without_better: int = 0
+
+
+def save(
+    folder: Path,
+    distiller: Distiller,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    best: Weights | None,
+    *,
+    keep: int,
+) -> Path:
+    """Write a checkpoint, whole or not at all, drop the oldest beyond `keep`, and return its path.
+
+    Args:
+        folder: The run's `checkpoints`.
+        distiller: Student and terms.
+        optimizer: Its state is stored by parameter name.
+        progress: Where the run stands.
+        best: The student of the best evaluation, where that is not the present one.
+        keep: How many of the newest stay.
+    """
+    target = folder / f"{_PREFIX}{progress.step:08d}"
+    with durable.new_folder(target) as aside:
+        save_file(_cpu(distiller.student.model.state_dict()), aside / "student.safetensors")
+        save_file(_cpu(distiller.terms.state_dict()), aside / "terms.safetensors")
+        save_file(_cpu(_optimizer_state(distiller, optimizer)), aside / "optimizer.safetensors")
+        save_file(_random_states(), aside / "random.safetensors")
+        if best is not None:
+            save_file(best, aside / "best.safetensors")
+        state = {"progress": vars(progress), "python_random": random.getstate()}
+        (aside / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+    for old in _newest_first(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest_sound(folder: Path, console: Console) -> Path | None:
+    """Return the newest checkpoint whose sums agree, or None; warn of every damaged one."""
+    if not folder.is_dir():
+        return None
+    durable.remove_leftovers(folder)
+    for path in _newest_first(folder):
+        wrong = durable.damage(path)
+        if wrong is None:
+            return path
+        console.print(f"[yellow]Warning:[/] checkpoint {path} is damaged ({wrong}); trying an older one.")
+    return None
+
+
+def restore(
+    path: Path, distiller: Distiller, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, Weights | None]:
+    """Load a sound checkpoint into the distiller, the optimiser and the random states.
+
+    Returns:
+        Where the run stood, and the best student if that is another one.
+    """
+    distiller.student.model.load_state_dict(load_file(path / "student.safetensors"))
+    distiller.terms.load_state_dict(load_file(path / "terms.safetensors"))
+    _load_optimizer(distiller, optimizer, load_file(path / "optimizer.safetensors"))
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    _restore_random(load_file(path / "random.safetensors"), state["python_random"])
+    best = path / "best.safetensors"
+    return Progress(**state["progress"]), load_file(best) if best.exists() else None
+
+
+def student_weights(distiller: Distiller) -> Weights:
+    """Return a copy of the student's weights on the CPU."""
+    return {name: value.clone() for name, value in _cpu(distiller.student.model.state_dict()).items()}
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
+
+
+def _cpu(weights: dict[str, Any]) -> Weights:
+    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+
+
+def _optimizer_state(distiller: Distiller, optimizer: torch.optim.Optimizer) -> Weights:
+    state = {}
+    for name, parameter in distiller.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}/{key}"] = value
+    return state
+
+
+def _load_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, stored: Weights) -> None:
+    parameters = dict(distiller.named_parameters())
+    for name, value in stored.items():
+        parameter, key = name.rsplit("/", 1)
+        owner = parameters[parameter]
+        optimizer.state[owner][key] = value.to(owner.device)
+
+
+def _random_states() -> Weights:
+    # Philox and PCG are not used globally; numpy's legacy state is, by third parties.
+    _, keys, position, *_ = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy_keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).view(np.int32).copy()),
+        "numpy_position": torch.tensor(position),
+    }
+    for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ()):
+        states[f"cuda{i}"] = state
+    return states
+
+
+def _restore_random(states: Weights, python: list[Any]) -> None:
+    version, keys, gauss = python
+    random.setstate((version, tuple(keys), gauss))
+    numpy_keys = states["numpy_keys"].numpy().view(np.uint32)
+    np.random.set_state(("MT19937", numpy_keys, int(states["numpy_position"]), 0, 0.0))
+    torch.set_rng_state(states["torch"])
+    cuda = [states[name] for name in sorted(states) if name.startswith("cuda")]
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,354 @@
+"""One readable loop: staged terms, a stateless order of rows, checkpoints, evaluation."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from stillroom import durable
+from stillroom.data.batching import epoch_batches, make_batch
+from stillroom.data.tasks import Rows
+from stillroom.data.tokens import TokenisedRows
+from stillroom.encoder import Encoder
+from stillroom.errors import RunFailed
+from stillroom.methods.base import Plan, Stage
+from stillroom.recipe import TrainingSettings
+from stillroom.teacher.live import LiveTeacher
+from stillroom.training import checkpoint
+from stillroom.training.distiller import Distiller, Loss
+
+LOG = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and where it is kept."""
+
+    name: str
+    """Shown beside the progress bar."""
+    student: Encoder
+    teacher: LiveTeacher | None
+    plan: Plan
+    rows: Rows
+    student_tokens: TokenisedRows
+    teacher_tokens: TokenisedRows
+    settings: TrainingSettings
+    bf16: bool
+    evaluate: Callable[[Encoder], dict[str, float]]
+    """Metrics on the validation split, the one that selects first."""
+    folder: Path
+    """Gets log.jsonl and checkpoints/."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop did. `seconds` leaves out evaluation, checkpoints and time before a kill."""
+
+    steps: int
+    examples: int
+    tokens: int
+    seconds: float
+    best_step: int | None
+
+
+class Schedule:
+    """Which rows, which stage and which learning rate each step has: functions of the step."""
+
+    def __init__(self, lengths: np.ndarray, plan: Plan, settings: TrainingSettings):
+        self._lengths, self._settings = lengths, settings
+        counts = [len(self._epoch(epoch)) for epoch in range(math.ceil(settings.epochs))]
+        last = settings.epochs - (len(counts) - 1)
+        counts[-1] = max(1, round(counts[-1] * last))
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self.steps = math.ceil(int(self._starts[-1]) / settings.accumulation)
+        self._stages = [(round(stage.start * self.steps), stage) for stage in plan.stages]
+        evaluations = math.ceil(settings.epochs / settings.evaluate_every)
+        share = settings.evaluate_every / settings.epochs
+        self.evaluation_steps = {
+            min(self.steps, math.ceil(self.steps * share * (i + 1))) for i in range(evaluations)
+        } | {self.steps}
+
+    def stage(self, step: int) -> tuple[int, Stage]:
+        """Return the number (from 1) and the stage of a step (from 0)."""
+        number = max(i for i, (start, _) in enumerate(self._stages) if start <= step)
+        return number + 1, self._stages[number][1]
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step (from 0): a linear rise, then a linear fall to zero."""
+        warmup = round(self._settings.warmup * self.steps)
+        rise = (step + 1) / (warmup + 1)
+        fall = (self.steps - step) / max(1, self.steps - warmup)
+        return self._settings.learning_rate * min(rise, fall, 1.0)
+
+    def epoch(self, step: int) -> float:
+        """Return how many epochs are done after `step` steps."""
+        batches = min(step * self._settings.accumulation, int(self._starts[-1]))
+        epoch = int(np.searchsorted(self._starts, batches, side="right")) - 1
+        if epoch + 1 == len(self._starts):
+            return float(self._settings.epochs)
+        size = self._starts[epoch + 1] - self._starts[epoch]
+        return epoch + float((batches - self._starts[epoch]) / size)
+
+    def from_step(self, step: int) -> Iterator[list[np.ndarray]]:
+        """Yield, for each step from `step` on, the row numbers of its batches."""
+        first, total = step * self._settings.accumulation, int(self._starts[-1])
+        group: list[np.ndarray] = []
+        for epoch in range(len(self._starts) - 1):
+            start, end = int(self._starts[epoch]), int(self._starts[epoch + 1])
+            if end <= first:
+                continue
+            batches = self._epoch(epoch)[: end - start]
+            for position in range(max(first, start), end):
+                group.append(batches[position - start])
+                if len(group) == self._settings.accumulation or position + 1 == total:
+                    yield group
+                    group = []
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        s = self._settings
+        return epoch_batches(
+            self._lengths,
+            seed=s.seed,
+            epoch=epoch,
+            batch_size=s.batch_size,
+            max_tokens=s.max_tokens,
+        )
+
+
+def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = None) -> Trained:
+    """Train the job's student in place, from its newest sound checkpoint if it has one.
+
+    Args:
+        job: What is trained. Its student holds the selected weights afterwards.
+        console: Where progress and warnings go.
+        tracker_config: What accelerate's trackers are told of the run.
+
+    Returns:
+        Steps, examples, tokens and seconds, and which step was selected.
+
+    Raises:
+        RunFailed: If a loss or gradient is not finite, naming step, term and last good checkpoint,
+            or if the disk is full.
+    """
+    settings = job.settings
+    accelerator = Accelerator(log_with=list(settings.log_with) or None, project_dir=str(job.folder))
+    if settings.log_with:
+        accelerator.init_trackers("stillroom", config=tracker_config)
+    schedule = Schedule(job.student_tokens.lengths, job.plan, settings)
+    set_seed(settings.seed)
+    distiller = Distiller(job.student, job.plan, bf16=job.bf16)
+    optimizer = _optimizer(distiller, settings)
+    distiller, optimizer = accelerator.prepare(distiller, optimizer)
+    trainable = [p for p in distiller.parameters() if p.requires_grad]
+
+    folder = job.folder / CHECKPOINTS
+    progress, best = checkpoint.Progress(), None
+    found = checkpoint.newest_sound(folder, console)
+    if found is not None:
+        progress, best = checkpoint.restore(found, distiller, optimizer)
+    log = _Log(job.folder / LOG, progress, folder, accelerator)
+
+    with _bar(console) as bar:
+        task = bar.add_task(job.name, total=schedule.steps, completed=progress.step, rate="")
+        steps = schedule.from_step(progress.step) if not _stopped(progress, settings) else iter(())
+        started = time.perf_counter()
+        distiller.train()
+        for step, group in enumerate(steps, start=progress.step):
+            number, stage = schedule.stage(step)
+            for rows in group:
+                batch = make_batch(rows, job.rows, job.student_tokens, job.teacher_tokens)
+                batch = batch.to(accelerator.device)
+                teacher = job.teacher and job.teacher(batch, job.plan.teacher_needs(stage))
+                loss = distiller(batch, teacher, stage)
+                accelerator.backward(loss.total / len(group))
+                progress.examples += len(rows)
+                progress.tokens += int(job.student_tokens.lengths[rows].sum())
+            norm = clip_grad_norm_(trainable, settings.max_grad_norm)
+            rate = schedule.learning_rate(step)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            distiller.after_step(stage)
+            progress.step = step + 1
+            log.note(progress.step, number, loss, norm)
+
+            done = progress.step == schedule.steps
+            if progress.step % settings.log_every == 0 or done:
+                progress.seconds += time.perf_counter() - started
+                speed = log.write(progress, epoch=schedule.epoch(progress.step), rate=rate)
+                bar.update(task, completed=progress.step, rate=f"{speed:,.0f} examples/s")
+                started = time.perf_counter()
+            if progress.step in schedule.evaluation_steps:
+                progress.seconds += time.perf_counter() - started
+                log.check()
+                metrics = job.evaluate(distiller.student)
+                distiller.train()
+                log.write_metrics(progress.step, schedule.epoch(progress.step), metrics)
+                if settings.select == "best":
+                    best = _select(progress, metrics, distiller, best)
+                started = time.perf_counter()
+            if progress.step % settings.checkpoint_every == 0 or done:
+                progress.seconds += time.perf_counter() - started
+                log.check()
+                checkpoint.save(
+                    folder, distiller, optimizer, progress, best, keep=settings.keep_checkpoints
+                )
+                started = time.perf_counter()
+            if _stopped(progress, settings):
+                break
+        bar.update(task, completed=schedule.steps)
+    log.check()
+    if best is not None:
+        distiller.student.model.load_state_dict(best)
+    distiller.eval()
+    accelerator.end_training()
+    return Trained(progress.step, progress.examples, progress.tokens, progress.seconds, progress.best_step)
+
+
+def use_bf16(precision: str) -> bool:
+    """Return whether to compute in bf16: as told, or for `auto` where the device does so fast."""
+    if precision != "auto":
+        return precision == "bf16"
+    device = Accelerator().device
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Without these instructions bf16 on a CPU is emulated, and slower than float32.
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _optimizer(distiller: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """AdamW without decay on vectors (biases and norms), fused where the device has it."""
+    matrices = [p for p in distiller.parameters() if p.ndim >= 2]
+    vectors = [p for p in distiller.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-8, fused=True)
+
+
+def _select(
+    progress: checkpoint.Progress,
+    metrics: dict[str, float],
+    distiller: Distiller,
+    best: checkpoint.Weights | None,
+) -> checkpoint.Weights | None:
+    """Return the best student so far, and note in `progress` when that was."""
+    value = next(iter(metrics.values()))
+    if progress.best_value is not None and value <= progress.best_value:
+        progress.without_better += 1
+        return best
+    progress.best_step, progress.best_value, progress.without_better = progress.step, value, 0
+    return checkpoint.student_weights(distiller)
+
+
+def _stopped(progress: checkpoint.Progress, settings: TrainingSettings) -> bool:
+    return settings.patience is not None and progress.without_better >= settings.patience
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _Log:
+    """log.jsonl and the trackers; the only place that waits for the device."""
+
+    def __init__(
+        self, path: Path, progress: checkpoint.Progress, checkpoints: Path, accelerator: Accelerator
+    ):
+        self._path, self._checkpoints, self._accelerator = path, checkpoints, accelerator
+        self._pending: list[tuple[int, int, dict[str, Tensor]]] = []
+        self._last = (progress.examples, progress.tokens, progress.seconds)
+        kept = [line for line in _lines(path) if line["step"] <= progress.step]
+        durable.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def note(self, step: int, stage: int, loss: Loss, norm: Tensor) -> None:
+        """Keep a step's values on the device until they are read."""
+        values = {"loss": loss.total.detach(), **loss.terms, "gradient_norm": norm.detach()}
+        self._pending.append((step, stage, values))
+
+    def check(self) -> dict[str, Any]:
+        """Read what is pending; raise `RunFailed` at the first value that is not finite."""
+        line: dict[str, Any] = {}
+        for step, stage, values in self._pending:
+            numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+            wrong = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
+            if wrong:
+                saved = sorted(self._checkpoints.glob("step-*"))
+                good = f"The last good checkpoint is {saved[-1]}." if saved else "None was saved yet."
+                raise RunFailed(
+                    f"Training stopped at step {step} (stage {stage}): {', '.join(wrong)}, expected "
+                    f"finite numbers. {good} Lower training.learning_rate or set "
+                    "training.precision=float32 and start a new run."
+                )
+            line = {"step": step, "stage": stage, **numbers}
+        self._pending.clear()
+        return line
+
+    def write(self, progress: checkpoint.Progress, *, epoch: float, rate: float) -> float:
+        """Append the newest step's line and return examples per second since the last one."""
+        line = self.check()
+        seconds = max(progress.seconds - self._last[2], 1e-9)
+        speed = (progress.examples - self._last[0]) / seconds
+        line |= {
+            "epoch": round(epoch, 4),
+            "learning_rate": rate,
+            "examples_per_second": round(speed, 1),
+            "tokens_per_second": round((progress.tokens - self._last[1]) / seconds, 1),
+        }
+        self._last = (progress.examples, progress.tokens, progress.seconds)
+        self._append(line)
+        return speed
+
+    def write_metrics(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        """Append an evaluation."""
+        self._append({"step": step, "epoch": round(epoch, 4), "validation": metrics})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with (
+            durable.explain_full_disk(self._path),
+            self._path.open("a", encoding="utf-8") as stream,
+        ):
+            stream.write(json.dumps(line) + "\n")
+        flat = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        flat |= {f"validation/{key}": value for key, value in line.get("validation", {}).items()}
+        self._accelerator.log(flat, step=line["step"])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole lines of a log; a killed run may have left half of one at the end."""
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(text)
+            except ValueError:
+                return
