@@ -1,8 +1,10 @@
 """Tokenise a split once and keep the result, keyed by the content that went in."""
 
+import contextlib
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset as ArrowDataset
 from datasets import Features, List, Value
+from datasets.utils import are_progress_bars_enabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.progress import track
 
@@ -88,9 +91,21 @@ def tokenise(rows: Rows, tokenizer: Any, *, max_length: int, console: Console) -
         console.print(f"[yellow]Warning:[/] the token cache {folder} is damaged ({wrong}); made again.")
         shutil.rmtree(folder)
     made = _make(rows, tokenizer, max_length, console)
-    with durable.new_folder(folder) as aside:
+    with durable.new_folder(folder) as aside, _without_bars():
         made.save_to_disk(str(aside))
     return _read(folder, tokenizer)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Silence the bars of datasets: writing takes a moment, and tokenising has a bar of its own."""
+    shown = are_progress_bars_enabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _make(rows: Rows, tokenizer: Any, max_length: int, console: Console) -> ArrowDataset:

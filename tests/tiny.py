@@ -1,0 +1,132 @@
+"""Tiny random encoders of many families and toy rows, made in a moment and without a download."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from stillroom.data.tasks import Dataset, Kind, Rows, Task
+from stillroom.encoder import Encoder, describe_task
+
+WORDS = (
+    "the a film was is not never good great fine bad poor dull and but very quite it plot actor "
+    "scene music man woman dog cat saw liked hated today here there"
+).split()
+
+FAMILIES = (
+    "bert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "deberta-v2",
+    "xlm-roberta",
+    "mpnet",
+    "modernbert",
+)
+
+_NAMES = {"classification": ("negative", "positive"), "regression": (), "multi-label": ("x", "y", "z")}
+_METRICS = {
+    "classification": ("accuracy",),
+    "regression": ("pearson", "spearman"),
+    "multi-label": ("f1", "accuracy"),
+}
+
+
+def make_task(kind: Kind = "classification", *, pair: bool = False) -> Task:
+    """Return a toy task: two classes, a score, or three labels."""
+    text = ("first", "second") if pair else ("text",)
+    return Task("toy", kind, text, "label", _NAMES[kind], _METRICS[kind])
+
+
+def make_rows(task: Task, count: int = 48, *, seed: int = 0) -> Rows:
+    """Return rows of 2 to 12 words whose label follows from the words `good` and `bad`."""
+    chance = np.random.default_rng(seed)
+    columns: list[list[str]] = [[] for _ in task.text]
+    labels: list[Any] = []
+    for i in range(count):
+        good = i % 2
+        for column in columns:
+            words = list(chance.choice(WORDS[:8], size=chance.integers(1, 12)))
+            column.append(" ".join([*words, "good" if good else "bad"]))
+        if task.kind == "classification":
+            labels.append(good)
+        elif task.kind == "regression":
+            labels.append(good + 0.1 * chance.standard_normal())
+        else:
+            labels.append([good, 1 - good, i % 3 == 0])
+    dtype = np.int64 if task.kind == "classification" else np.float32
+    return Rows("toy rows", tuple(columns), np.asarray(labels, dtype=dtype))
+
+
+def make_dataset(kind: Kind = "classification", *, pair: bool = False, count: int = 48) -> Dataset:
+    """Return a toy data set with a training and a validation split that share no seed."""
+    task = make_task(kind, pair=pair)
+    rows = {"train": make_rows(task, count, seed=0), "validation": make_rows(task, 24, seed=1)}
+    return Dataset(task, rows)
+
+
+def make_tokenizer(*, types: bool = True, extra_words: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Return a word-level tokenizer with BERT's special tokens; ids of pad, cls, sep: 0, 2, 3."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS, *extra_words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=names if types else [n for n in names if n != "token_type_ids"],
+    )
+
+
+def make_encoder(
+    family: str = "bert", *, layers: int = 2, width: int = 16, task: Task | None = None, seed: int = 0
+) -> Encoder:
+    """Return a tiny random encoder of a family, in evaluation mode."""
+    task = task or make_task()
+    tokenizer = make_tokenizer(types=family in ("bert", "electra", "deberta-v2"))
+    config = AutoConfig.for_model(family)
+    config.num_hidden_layers = layers
+    config.num_attention_heads = 2
+    config.hidden_size = width
+    setattr(config, "hidden_dim" if family == "distilbert" else "intermediate_size", 2 * width)
+    config.vocab_size = len(tokenizer)
+    config.max_position_embeddings = 66
+    config.type_vocab_size = 2 if family in ("bert", "electra", "deberta-v2") else 1
+    config.pad_token_id = 0
+    for name in ("bos_token_id", "cls_token_id"):
+        setattr(config, name, 2)
+    for name in ("eos_token_id", "sep_token_id"):
+        setattr(config, name, 3)
+    if family == "electra":
+        config.embedding_size = width
+    if family == "deberta-v2":
+        config.relative_attention, config.position_buckets = True, 16
+        config.max_relative_positions, config.pos_att_type = -1, ["p2c", "c2p"]
+        config.pooler_hidden_size = width
+    if family == "modernbert":
+        config.layer_types = config.layer_types[:layers]
+    describe_task(config, task)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(config)
+    return Encoder(model.float().eval(), tokenizer)
+
+
+def save_encoder(folder: Path, **options: Any) -> Path:
+    """Save a tiny encoder and return its folder."""
+    make_encoder(**options).save(folder)
+    return folder
