@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset as ArrowDataset
 from datasets import Features, List, Value
-from datasets.utils import are_progress_bars_enabled, disable_progress_bars, enable_progress_bars
+from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.progress import track
 
@@ -99,12 +99,12 @@ def tokenise(rows: Rows, tokenizer: Any, *, max_length: int, console: Console) -
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
     """Silence the bars of datasets: writing takes a moment, and tokenising has a bar of its own."""
-    shown = are_progress_bars_enabled()
+    hidden = are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if not hidden:
             enable_progress_bars()
 
 
