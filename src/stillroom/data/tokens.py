@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset as ArrowDataset
 from datasets import Features, List, Value
-from datasets.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.progress import track
 
