@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from stillroom.errors import RunFailed, WrongInput
 
 SUMS = "sums.json"
 """Name of the file that holds the SHA-256 of every other file of a sealed folder."""
+
+LOCK = ".lock"
+"""Name of the file that the process which writes a folder holds locked."""
 
 _ASIDE = ".aside-"
 
@@ -113,9 +118,39 @@ def remove_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def require_empty(folder: Path, remedy: str) -> None:
-    """Raise `WrongInput` if `folder` exists and holds anything but Stillroom's lock file."""
-    if folder.is_dir() and not any(entry.name != ".lock" for entry in folder.iterdir()):
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process, or raise `WrongInput` if another one writes it.
+
+    The lock is the operating system's, so it ends with the process however that ends.
+    """
+    with explain_full_disk(folder):
+        if folder.exists() and not folder.is_dir():
+            raise WrongInput(f"Expected an output folder, found a file at {folder}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise WrongInput(
+                f"Another process is writing {folder}. Wait for it, or give another folder."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_empty(folder: Path, remedy: str, *, besides: Path | None = None) -> None:
+    """Raise `WrongInput` if `folder` holds anything but Stillroom's lock file.
+
+    Args:
+        folder: It need not exist.
+        remedy: Ends the message.
+        besides: An entry of `folder` that may be there, such as the teacher of a run.
+    """
+    allowed = {LOCK} if besides is None else {LOCK, besides.name}
+    if folder.is_dir() and all(entry.name in allowed for entry in folder.iterdir()):
         return
     if folder.exists():
         raise WrongInput(f"Expected an output folder that is new or empty, found {folder}. {remedy}")

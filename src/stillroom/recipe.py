@@ -105,21 +105,13 @@ class TrainingSettings(Settings):
         return self
 
 
-class Recipe(Settings):
-    """All of a run. Saved as `recipe.yaml`; running that again gives the same student."""
+class _RecipeFile(Settings):
+    """What every recipe has, and how it is read and written."""
 
-    teacher: str
-    """A fine-tuned sequence-classification encoder: a local folder or a hub id."""
     dataset: DatasetSettings
     """The rows to train and to validate on."""
-    student: str = "4x312"
-    """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
-    method: MethodSettings = MethodSettings()
-    """The distillation method and its options."""
     training: TrainingSettings = TrainingSettings()
     """The loop's settings."""
-    control: bool = False
-    """Train the same student without a teacher as well, to show what distillation added."""
 
     @model_validator(mode="before")
     @classmethod
@@ -168,6 +160,26 @@ class Recipe(Settings):
     def save(self, path: Path) -> None:
         """Write the recipe as YAML, every setting spelt out."""
         durable.write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+class Recipe(_RecipeFile):
+    """All of a run. Saved as `recipe.yaml`; running that again gives the same student."""
+
+    teacher: str
+    """A fine-tuned sequence-classification encoder: a local folder or a hub id."""
+    student: str = "4x312"
+    """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
+    method: MethodSettings = MethodSettings()
+    """The distillation method and its options."""
+    control: bool = False
+    """Train the same student without a teacher as well, to show what distillation added."""
+
+
+class FinetuneRecipe(_RecipeFile):
+    """All of a teacher's fine-tuning. Saved as `recipe.yaml` beside the teacher."""
+
+    model: str = "minilm-l6"
+    """A pretrained encoder: a local folder, a hub id, or `minilm-l6`."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -46,6 +46,22 @@ class TokenisedRows:
         return len(self.lengths)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The splits as the student tokenises them and as the teacher does, by split name.
+
+    Where the two tokenise alike, `teacher` is `student` itself.
+    """
+
+    student: dict[str, TokenisedRows]
+    teacher: dict[str, TokenisedRows]
+
+    @property
+    def alike(self) -> bool:
+        """Whether student and teacher see the same tokens."""
+        return self.teacher is self.student
+
+
 def cache_folder() -> Path:
     """Return $STILLROOM_CACHE, or `stillroom` in the user's cache folder."""
     given = os.environ.get("STILLROOM_CACHE")

@@ -137,9 +137,13 @@ def token_cosines(student_LBSE: Tensor, teacher_LBSE: Tensor, mask_BS: Tensor) -
         Shape ``(L, B, B)``, anchors in rows, teacher rows in columns.
     """
     mask_BS = mask_BS.to(student_LBSE.dtype)
-    u = F.normalize(student_LBSE, dim=-1, eps=_EPS) * mask_BS[..., None]
-    v = F.normalize(teacher_LBSE.detach(), dim=-1, eps=_EPS) * mask_BS[..., None]
-    return u.flatten(2) @ v.flatten(2).mT / (mask_BS @ mask_BS.T)
+    # One product instead of two: mask and length are both numbers per token.
+    u, v = (
+        states * (mask_BS / torch.linalg.vector_norm(states, dim=-1).clamp(min=_EPS))[..., None]
+        for states in (student_LBSE, teacher_LBSE.detach())
+    )
+    dots: Tensor = u.flatten(2) @ v.flatten(2).mT
+    return dots / (mask_BS @ mask_BS.T)
 
 
 def pool(states_LBSD: Tensor, mask_BS: Tensor, vector: Literal["cls", "mean"]) -> Tensor:

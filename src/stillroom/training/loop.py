@@ -193,8 +193,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
             progress.step = step + 1
             log.note(progress.step, number, loss, norm)
 
-            done = progress.step == schedule.steps
-            if progress.step % settings.log_every == 0 or done:
+            if progress.step % settings.log_every == 0 or progress.step == schedule.steps:
                 progress.seconds += time.perf_counter() - started
                 speed = log.write(progress, epoch=schedule.epoch(progress.step), rate=rate)
                 bar.update(task, completed=progress.step, rate=f"{speed:,.0f} examples/s")
@@ -208,6 +207,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
                 if settings.select == "best":
                     best = _select(progress, metrics, distiller, best)
                 started = time.perf_counter()
+            done = progress.step == schedule.steps or _stopped(progress, settings)
             if progress.step % settings.checkpoint_every == 0 or done:
                 progress.seconds += time.perf_counter() - started
                 log.check()
@@ -215,7 +215,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
                     folder, distiller, optimizer, progress, best, keep=settings.keep_checkpoints
                 )
                 started = time.perf_counter()
-            if _stopped(progress, settings):
+            if done:
                 break
         bar.update(task, completed=schedule.steps)
     log.check()
