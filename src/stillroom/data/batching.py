@@ -62,8 +62,8 @@ def epoch_batches(
     Rows are shuffled, cut into pools, sorted by length inside each pool, cut into batches of at
     most `batch_size` rows and `max_tokens` padded tokens, and the batches shuffled. The result is
     a pure function of the arguments, so a resumed run sees the rows it would have seen. No batch
-    holds a single row (contrastive terms need two), unless there is only one row, or a row so long
-    that two do not fit `max_tokens`.
+    holds a single row (contrastive terms need two), unless the limits leave no other way: an odd
+    number of rows where two fill a batch, or rows so long that two do not fit `max_tokens`.
 
     Args:
         lengths: Tokens of each row, shape `(N,)`.
@@ -82,9 +82,8 @@ def epoch_batches(
     chance = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = chance.permutation(len(lengths))
     batches: list[np.ndarray] = []
-    pool_rows = batch_size * _POOL
-    for start in range(0, len(order), pool_rows):
-        pool = order[start : start + pool_rows]
+    # Pools of one size, give or take a row: a small last pool would make small batches.
+    for pool in np.array_split(order, max(1, -(-len(order) // (batch_size * _POOL)))):
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches.extend(_cut(pool, lengths[pool], batch_size, max_tokens))
     return [batches[i] for i in chance.permutation(len(batches))]
@@ -98,9 +97,11 @@ def _cut(rows: np.ndarray, lengths: np.ndarray, batch_size: int, max_tokens: int
         # The newest row is the longest, so it sets the padded length.
         if full or (i - starts[-1] + 1) * lengths[i] > max_tokens:
             starts.append(i)
-    if len(starts) > 1 and len(rows) - starts[-1] == 1 and starts[-1] - starts[-2] > 2:
-        if 2 * lengths[-1] <= max_tokens:
-            starts[-1] -= 1
+    if len(rows) - starts[-1] == 1 and 2 * lengths[-1] <= max_tokens:
+        # The last row is alone: each batch from the last one of three or more hands a row on.
+        spare = np.flatnonzero(np.diff(starts) > 2)
+        if len(spare):
+            starts = [start - (i > spare[-1]) for i, start in enumerate(starts)]
     return np.split(rows, starts[1:])
 
 
