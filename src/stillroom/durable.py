@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from stillroom.errors import RunFailed, WrongInput
 
@@ -35,11 +37,14 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     """Turn "no space left" and "quota exceeded" into a `RunFailed` that names the place."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        # safetensors has no errno, it puts the number into its text.
+        text = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else text and int(text[1])
+        if number not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RunFailed(
-            f"The disk that holds {path} is full ({error.strerror}). What was there before is "
+            f"The disk that holds {path} is full ({os.strerror(number)}). What was there before is "
             "untouched. Free some space and run the same command again, with --resume for a run."
         ) from error
 
