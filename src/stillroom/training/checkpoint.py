@@ -44,6 +44,8 @@ def save(
 ) -> Path:
     """Write a checkpoint, whole or not at all, drop the oldest beyond `keep`, and return its path.
 
+    Later checkpoints are dropped too: they are damaged ones that the run had to go back behind.
+
     Args:
         folder: The run's `checkpoints`.
         distiller: Student and terms.
@@ -60,10 +62,19 @@ def save(
         save_file(_random_states(), aside / "random.safetensors")
         if best is not None:
             save_file(best, aside / "best.safetensors")
-        state = {"progress": vars(progress), "python_random": random.getstate()}
+        # numpy keeps every second normal number for the next call, outside its keys.
+        legacy = np.random.get_state(legacy=False)
+        state = {
+            "progress": vars(progress),
+            "python_random": random.getstate(),
+            "numpy_gauss": [legacy["has_gauss"], legacy["gauss"]],
+        }
         (aside / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-    for old in _newest_first(folder)[keep:]:
-        shutil.rmtree(old)
+    paths = _newest_first(folder)
+    kept = paths[paths.index(target) :][:keep]
+    for path in paths:
+        if path not in kept:
+            shutil.rmtree(path)
     return target
 
 
@@ -92,7 +103,7 @@ def restore(
     distiller.terms.load_state_dict(load_file(path / "terms.safetensors"))
     _load_optimizer(distiller, optimizer, load_file(path / "optimizer.safetensors"))
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    _restore_random(load_file(path / "random.safetensors"), state["python_random"])
+    _restore_random(load_file(path / "random.safetensors"), state["python_random"], state["numpy_gauss"])
     best = path / "best.safetensors"
     return Progress(**state["progress"]), load_file(best) if best.exists() else None
 
@@ -139,11 +150,11 @@ def _random_states() -> Weights:
     return states
 
 
-def _restore_random(states: Weights, python: list[Any]) -> None:
+def _restore_random(states: Weights, python: list[Any], numpy_gauss: list[Any]) -> None:
     version, keys, gauss = python
     random.setstate((version, tuple(keys), gauss))
     numpy_keys = states["numpy_keys"].numpy().view(np.uint32)
-    np.random.set_state(("MT19937", numpy_keys, int(states["numpy_position"]), 0, 0.0))
+    np.random.set_state(("MT19937", numpy_keys, int(states["numpy_position"]), *numpy_gauss))
     torch.set_rng_state(states["torch"])
     cuda = [states[name] for name in sorted(states) if name.startswith("cuda")]
     if cuda:
