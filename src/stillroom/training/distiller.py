@@ -41,7 +41,9 @@ class Distiller(nn.Module):
             if stage.perturb and self._plan.perturbation is not None:
                 clean = self.student(batch.student, needs | Needs(embeddings=True))
                 loss = self._loss(clean, teacher, batch, stage)
-                (gradient,) = torch.autograd.grad(loss.total, clean.embeddings)
+                # Autocast would reach into the backward pass and round the terms' gradients too.
+                with torch.autocast(batch.labels.device.type, enabled=False):
+                    (gradient,) = torch.autograd.grad(loss.total, clean.embeddings)
                 rule = self._plan.perturbation
                 offset = perturbation(gradient, epsilon=rule.epsilon, norm=rule.norm)
             return self._loss(self.student(batch.student, needs, offset), teacher, batch, stage)
