@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from stillroom.recipe import TrainingSettings
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training import checkpoint
 from stillroom.training.distiller import Distiller, Loss
+from stillroom.training.memory import keep_freed_memory
 
 LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -83,9 +84,10 @@ class Schedule:
         self.steps = math.ceil(int(self._starts[-1]) / settings.accumulation)
         self._stages = [(round(stage.start * self.steps), stage) for stage in plan.stages]
         evaluations = math.ceil(settings.epochs / settings.evaluate_every)
-        share = settings.evaluate_every / settings.epochs
         self.evaluation_steps = {
-            min(self.steps, math.ceil(self.steps * share * (i + 1))) for i in range(evaluations)
+            # Multiplied before it is divided: whole epochs come out exact.
+            min(self.steps, math.ceil(self.steps * (i + 1) * settings.evaluate_every / settings.epochs))
+            for i in range(evaluations)
         } | {self.steps}
 
     def stage(self, step: int) -> tuple[int, Stage]:
@@ -151,6 +153,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
             or if the disk is full.
     """
     settings = job.settings
+    keep_freed_memory()
     accelerator = Accelerator(log_with=list(settings.log_with) or None, project_dir=str(job.folder))
     if settings.log_with:
         accelerator.init_trackers("stillroom", config=tracker_config)
@@ -175,12 +178,14 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
         distiller.train()
         for step, group in enumerate(steps, start=progress.step):
             number, stage = schedule.stage(step)
+            losses: list[Loss] = []
             for rows in group:
                 batch = make_batch(rows, job.rows, job.student_tokens, job.teacher_tokens)
                 batch = batch.to(accelerator.device)
                 teacher = job.teacher and job.teacher(batch, job.plan.teacher_needs(stage))
                 loss = distiller(batch, teacher, stage)
                 accelerator.backward(loss.total / len(group))
+                losses.append(Loss(loss.total.detach(), loss.terms))
                 progress.examples += len(rows)
                 progress.tokens += int(job.student_tokens.lengths[rows].sum())
             norm = clip_grad_norm_(trainable, settings.max_grad_norm)
@@ -191,7 +196,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
             optimizer.zero_grad()
             distiller.after_step(stage)
             progress.step = step + 1
-            log.note(progress.step, number, loss, norm)
+            log.note(progress.step, number, losses, norm)
 
             if progress.step % settings.log_every == 0 or progress.step == schedule.steps:
                 progress.seconds += time.perf_counter() - started
@@ -291,10 +296,12 @@ class _Log:
         kept = [line for line in _lines(path) if line["step"] <= progress.step]
         durable.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def note(self, step: int, stage: int, loss: Loss, norm: Tensor) -> None:
-        """Keep a step's values on the device until they are read."""
-        values = {"loss": loss.total.detach(), **loss.terms, "gradient_norm": norm.detach()}
-        self._pending.append((step, stage, values))
+    def note(self, step: int, stage: int, losses: Sequence[Loss], norm: Tensor) -> None:
+        """Keep a step's values, averaged over its batches, on the device until they are read."""
+        values = {"loss": torch.stack([loss.total for loss in losses]).mean()}
+        for name in losses[0].terms:
+            values[name] = torch.stack([loss.terms[name] for loss in losses]).mean()
+        self._pending.append((step, stage, values | {"gradient_norm": norm.detach()}))
 
     def check(self) -> dict[str, Any]:
         """Read what is pending; raise `RunFailed` at the first value that is not finite."""
