@@ -84,7 +84,8 @@ def fingerprint(tokenizer: Any) -> str:
             backend.enable_padding(**padding)
         if truncation:
             backend.enable_truncation(**truncation)
-    digest.update(repr((tokenizer.pad_token_id, sorted(tokenizer.model_input_names))).encode())
+    rest = (tokenizer.pad_token_id, sorted(tokenizer.model_input_names), tokenizer.truncation_side)
+    digest.update(repr(rest).encode())
     return digest.hexdigest()
 
 
