@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from stillroom.data.batching import Batch, make_batch
 from stillroom.data.tasks import Dataset, Kind, Rows, Task
+from stillroom.data.tokens import TokenisedRows, tokenise
 from stillroom.encoder import Encoder, describe_task
 
 WORDS = (
@@ -130,3 +133,13 @@ def save_encoder(folder: Path, **options: Any) -> Path:
     """Save a tiny encoder and return its folder."""
     make_encoder(**options).save(folder)
     return folder
+
+
+def make_tokens(rows: Rows, encoder: Encoder, *, max_length: int = 32) -> TokenisedRows:
+    """Return the rows as the encoder tokenises them."""
+    return tokenise(rows, encoder.tokenizer, max_length=max_length, console=Console(quiet=True))
+
+
+def make_batch_of(rows: Rows, encoder: Encoder) -> Batch:
+    """Return all rows in one batch, teacher and student reading the same tokens."""
+    return make_batch(np.arange(len(rows)), rows, make_tokens(rows, encoder))
