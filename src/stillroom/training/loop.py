@@ -35,7 +35,6 @@ from stillroom.recipe import TrainingSettings
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training import checkpoint
 from stillroom.training.distiller import Distiller, Loss
-from stillroom.training.memory import keep_freed_memory
 
 LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -153,7 +152,6 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
             or if the disk is full.
     """
     settings = job.settings
-    keep_freed_memory()
     accelerator = Accelerator(log_with=list(settings.log_with) or None, project_dir=str(job.folder))
     if settings.log_with:
         accelerator.init_trackers("stillroom", config=tracker_config)
