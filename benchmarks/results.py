@@ -1,0 +1,295 @@
+"""Measure LRC-BERT, plain distillation and no teacher on GLUE: every figure of docs/results.md.
+
+    python benchmarks/results.py --data-dir ../shared/data --work runs/results
+    python benchmarks/results.py --work runs/results --table > docs/results.json
+
+Teacher: minilm-l6 fine-tuned on each task. Student: its layers 2, 4, 6. Learning rates are tuned on a
+fold of CoLA's training rows, for each method; the validation split is used only to report. Nothing is
+selected on it: the student is that of the last step. Runs that are done are skipped, so that a killed
+measurement goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SEEDS = (0, 1, 2)
+RATES = (5e-5, 1e-4, 3e-4)
+
+METHODS: dict[str, dict[str, object]] = {
+    "none": {"name": "none"},
+    "kd": {"name": "kd"},
+    "lrc-bert": {"name": "lrc-bert"},
+}
+ABLATIONS: dict[str, dict[str, object]] = {
+    "without COS-NCE": {"name": "lrc-bert", "alpha": 0},
+    "without soft labels": {"name": "lrc-bert", "beta": 0},
+    "without hard labels": {"name": "lrc-bert", "gamma": 0},
+    "without perturbation": {"name": "lrc-bert", "perturbation": "off"},
+    "one stage": {"name": "lrc-bert", "switch": 0},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of a task fits the time: epochs, and rows where a subset is used."""
+
+    teacher_epochs: int
+    epochs: int
+    train_rows: int | None = None
+    ablate: bool = False
+
+
+TASKS = {
+    "cola": Plan(teacher_epochs=3, epochs=3, ablate=True),
+    "mrpc": Plan(teacher_epochs=3, epochs=2, ablate=True),
+    "stsb": Plan(teacher_epochs=3, epochs=2, ablate=True),
+    "sst2": Plan(teacher_epochs=2, epochs=1, train_rows=20_000),
+    "qnli": Plan(teacher_epochs=2, epochs=1, train_rows=6_000),
+}
+FOLD_EPOCHS = 2
+TEACHER_RATES = (5e-5, 1e-4)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: where it is kept and what it is told."""
+
+    folder: Path
+    command: list[str]
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+def overrides(settings: dict[str, object]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def execute(run: Run) -> None:
+    """Run one training on one thread in a process of its own, unless it is done."""
+    if (run.folder / "metrics.json").exists():
+        return
+    shutil.rmtree(run.folder, ignore_errors=True)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "stillroom.cli", *run.command, "-o", str(run.folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (run.folder.parent / f"{run.folder.name}.log").open("w") as log:
+        code = subprocess.run(
+            [*command, *overrides(run.settings)], stdout=log, stderr=log, env=environment
+        ).returncode
+    if code:
+        raise SystemExit(f"{run.folder} failed with {code}: see {log.name}")
+    for heavy in ("checkpoints", "student"):
+        shutil.rmtree(run.folder / heavy, ignore_errors=True)
+    print("done", run.folder, flush=True)
+
+
+def execute_all(runs: list[Run], workers: int) -> None:
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(execute, runs))
+
+
+def teacher_run(folder: Path, data: list[str], plan: Plan, rate: float) -> Run:
+    settings: dict[str, object] = {
+        "training.epochs": plan.teacher_epochs,
+        "training.learning_rate": rate,
+        "training.select": "last",
+    }
+    return Run(folder, ["finetune", "--model", "minilm-l6", *data], settings)
+
+
+def student_run(
+    folder: Path,
+    teacher: Path,
+    data: list[str],
+    method: dict[str, object],
+    *,
+    epochs: int,
+    rate: float,
+    seed: int,
+    rows: int | None = None,
+) -> Run:
+    settings: dict[str, object] = {
+        "training.epochs": epochs,
+        "training.batch_size": 32,
+        "training.learning_rate": rate,
+        "training.seed": seed,
+        "training.select": "last",
+        "training.evaluate_every": epochs,
+        "training.checkpoint_every": 100_000,
+    }
+    if rows is not None:
+        settings["dataset.train_rows"] = rows
+    settings |= {f"method.{key}": value for key, value in method.items() if key != "name"}
+    command = ["distill", "--teacher", str(teacher), "--student", "layers:2,4,6"]
+    return Run(folder, [*command, "--method", str(method["name"]), *data], settings)
+
+
+def make_fold(work: Path, data_dir: Path) -> Path:
+    """Write CoLA's training rows as two files: every fifth row is the fold to tune on."""
+    import pyarrow.parquet as pq
+
+    folder = work / "tuning" / "fold"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pq.read_table(data_dir / "glue" / "cola" / "train.parquet")
+    rows = range(table.num_rows)
+    for name, keep in (("train", 1), ("validation", 0)):
+        chosen = [i for i in rows if (i % 5 != 0) == bool(keep)]
+        pq.write_table(table.take(chosen).select(["sentence", "label"]), folder / f"{name}.parquet")
+    return folder
+
+
+def fold_teachers(work: Path, data_dir: Path) -> dict[float, Run]:
+    """Return a teacher of the fold for each learning rate."""
+    data = ["--dataset", str(make_fold(work, data_dir))]
+    return {
+        rate: teacher_run(work / "tuning" / f"teacher-{rate:g}", data, TASKS["cola"], rate)
+        for rate in TEACHER_RATES
+    }
+
+
+def best_teacher_rate(teachers: dict[float, Run]) -> float:
+    return max((read(run.folder)["model"]["metrics"]["accuracy"], rate) for rate, run in teachers.items())[
+        1
+    ]
+
+
+def tuning(work: Path, data_dir: Path, teacher: Run) -> list[tuple[str, float, Run]]:
+    """Return a run on the fold for each method and learning rate."""
+    data = ["--dataset", str(make_fold(work, data_dir))]
+    return [
+        (
+            name,
+            rate,
+            student_run(
+                work / "tuning" / "cola" / f"{name}-{rate:g}",
+                teacher.folder,
+                data,
+                method,
+                epochs=FOLD_EPOCHS,
+                rate=rate,
+                seed=0,
+            ),
+        )
+        for rate in RATES
+        for name, method in METHODS.items()
+    ]
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def fold_score(run: Run) -> float:
+    """The fold is read as the user's own file, whose first metric is accuracy."""
+    return read(run.folder)["student"]["metrics"]["accuracy"]
+
+
+def tuned_rates(runs: list[tuple[str, float, Run]]) -> dict[str, float]:
+    return {
+        name: max((fold_score(run), rate) for other, rate, run in runs if other == name)[1]
+        for name in METHODS
+    }
+
+
+def grid(work: Path, data_dir: Path, rates: dict[str, float]) -> Iterator[tuple[str, str, int, Run]]:
+    """Yield task, variant, seed and run: the three methods first, then the ablations."""
+    for variants, ablation in ((METHODS, False), (ABLATIONS, True)):
+        for seed in SEEDS:
+            for task, plan in TASKS.items():
+                if ablation and not plan.ablate:
+                    continue
+                data = ["--dataset", f"glue/{task}", "--data-dir", str(data_dir)]
+                for name, method in variants.items():
+                    folder = work / task / f"{name.replace(' ', '-').lower()}-{seed}"
+                    yield (
+                        task,
+                        name,
+                        seed,
+                        student_run(
+                            folder,
+                            work / task / "teacher",
+                            data,
+                            method,
+                            epochs=plan.epochs,
+                            rate=rates[str(method["name"])],
+                            seed=seed,
+                            rows=plan.train_rows,
+                        ),
+                    )
+
+
+def table(work: Path, data_dir: Path) -> dict:
+    """Return every figure as JSON: mean and spread over the seeds that are done."""
+    teachers = fold_teachers(work, data_dir)
+    teacher_rate = best_teacher_rate(teachers)
+    tuned = tuning(work, data_dir, teachers[teacher_rate])
+    rates = tuned_rates(tuned)
+    found: dict = {
+        "settings": {
+            "rates": rates,
+            "teacher_rate": teacher_rate,
+            "tasks": {task: vars(plan) for task, plan in TASKS.items()},
+        },
+        "tuning": {f"{name} {rate:g}": fold_score(run) for name, rate, run in tuned},
+        "tasks": {},
+    }
+    for task, name, seed, run in grid(work, data_dir, rates):
+        if not (run.folder / "metrics.json").exists():
+            continue
+        metrics = read(run.folder)
+        found["environment"] = metrics["environment"]
+        entry = found["tasks"].setdefault(task, {"metric": metrics["metric"], "students": {}})
+        entry["teacher"] = metrics["teacher"]
+        student = entry["students"].setdefault(name, {"seeds": {}, "seconds": {}})
+        student["seeds"][str(seed)] = metrics["student"]["metrics"]
+        student["seconds"][str(seed)] = metrics["train"]["seconds"]
+    for entry in found["tasks"].values():
+        goal = entry["teacher"]["metrics"][entry["metric"]]
+        for student in entry["students"].values():
+            values = [metrics[entry["metric"]] for metrics in student["seeds"].values()]
+            student["mean"] = statistics.mean(values)
+            student["spread"] = statistics.stdev(values) if len(values) > 1 else None
+            student["retained"] = student["mean"] / goal
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path("runs/results"))
+    parser.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
+    parser.add_argument("--table", action="store_true", help="print the figures of what is done")
+    options = parser.parse_args()
+    work, data_dir = options.work.absolute(), options.data_dir.absolute()
+    if options.table:
+        print(json.dumps(table(work, data_dir), indent=2))
+        return
+    candidates = fold_teachers(work, data_dir)
+    execute_all(list(candidates.values()), options.workers)
+    teacher_rate = best_teacher_rate(candidates)
+    tuned = tuning(work, data_dir, candidates[teacher_rate])
+    teachers = [
+        teacher_run(
+            work / task / "teacher",
+            ["--dataset", f"glue/{task}", "--data-dir", str(data_dir)],
+            plan,
+            teacher_rate,
+        )
+        for task, plan in TASKS.items()
+    ]
+    execute_all([*teachers, *(run for _, _, run in tuned)], options.workers)
+    rates = tuned_rates(tuned)
+    print("learning rates", rates, flush=True)
+    execute_all([run for *_, run in grid(work, data_dir, rates)], options.workers)
+
+
+if __name__ == "__main__":
+    main()
