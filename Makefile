@@ -1,0 +1,28 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.PHONY: install demo test check clean
+
+install: $(VENV)/installed
+
+# The constraints hold every version, torch's too: an open range may fetch gigabytes of CUDA.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+demo: install
+	rm -rf $(RUN)
+	$(BIN)/stillroom finetune --model minilm-l6 --dataset builtin/verdicts -o $(RUN)/teacher
+	$(BIN)/stillroom distill benchmarks/demo.yaml -o $(RUN)
+
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs dist
