@@ -65,13 +65,14 @@ def distill(
     """
     console = console or Console(stderr=True)
     folder = Path(output)
+    preflight.require_one_process()
     if resume:
         recipe = _recipe_of(folder)
     if recipe is None:
         raise ValueError("distill needs a recipe, or resume=True")
     recipe = methods.resolve(recipe)
     with contextlib.nullcontext() if dry_run else durable.locked(folder):
-        if not resume and not dry_run:
+        if not resume:
             teacher = Path(recipe.teacher).absolute()
             durable.require_empty(
                 folder,
@@ -79,17 +80,7 @@ def distill(
                 besides=teacher if teacher.parent == folder.absolute() else None,
             )
         parts = _Parts.load(recipe, console)
-        checked = preflight.check_run(
-            recipe,
-            parts.dataset,
-            parts.teacher,
-            parts.student,
-            parts.plan,
-            parts.tokens,
-            folder,
-            bf16=parts.bf16,
-            console=console,
-        )
+        checked = preflight.check(parts.to_check(recipe, folder), console)
         if dry_run:
             return checked
         recipe.save(folder / RECIPE)
@@ -122,6 +113,7 @@ def finetune(
     """
     console = console or Console(stderr=True)
     folder = Path(output)
+    preflight.require_one_process()
     with durable.locked(folder):
         durable.require_empty(folder, "Give another folder, or remove this one.")
         dataset = sources.load(recipe.dataset)
@@ -129,9 +121,20 @@ def finetune(
         model = encoder.load(recipe.model, dataset.task, fresh_head=True)
         tokens = _tokens(dataset, model, recipe.dataset.max_length, console)
         bf16 = use_bf16(recipe.training.precision)
-        preflight.check_data(dataset, tokens, folder, model, console=console)
-        recipe.save(folder / RECIPE)
         plan = methods.build(MethodSettings(name="none"), _context(dataset, model, model))
+        to_check = preflight.Run(
+            dataset,
+            recipe.dataset.max_length,
+            recipe.training,
+            model,
+            None,
+            plan,
+            Tokens(tokens, tokens),
+            folder / "training",
+            bf16,
+        )
+        preflight.check(to_check, console)
+        recipe.save(folder / RECIPE)
         job = Job(
             "teacher",
             model,
@@ -177,6 +180,7 @@ class _Parts:
     def load(cls, recipe: Recipe, console: Console) -> "_Parts":
         dataset = sources.load(recipe.dataset)
         teacher = encoder.load(recipe.teacher)
+        preflight.require_same_head(dataset.task, teacher)
         made = student.build(recipe.student, teacher, dataset.task, seed=recipe.training.seed)
         torch.manual_seed(recipe.training.seed)
         plan = methods.build(recipe.method, _context(dataset, made, teacher))
@@ -187,6 +191,21 @@ class _Parts:
         teacher_tokens = student_tokens if same else _tokens(dataset, teacher, most, console)
         tokens = Tokens(student_tokens, teacher_tokens)
         return cls(dataset, teacher, made, plan, tokens, use_bf16(recipe.training.precision))
+
+    def to_check(self, recipe: Recipe, folder: Path) -> preflight.Run:
+        """Return the run as the checks before the first step see it."""
+        return preflight.Run(
+            self.dataset,
+            recipe.dataset.max_length,
+            recipe.training,
+            self.student,
+            self.teacher,
+            self.plan,
+            self.tokens,
+            folder,
+            self.bf16,
+            recipe.control,
+        )
 
     def train(self, recipe: Recipe, folder: Path, console: Console) -> Trained:
         """Train the student in `folder` and save it there."""

@@ -1,0 +1,115 @@
+"""What the checks are given, and where they report."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from stillroom.data.tasks import Dataset, Rows
+from stillroom.data.tokens import Tokens
+from stillroom.encoder import Encoder, Needs
+from stillroom.errors import WrongInput
+from stillroom.methods.base import Plan, Term
+from stillroom.recipe import TrainingSettings
+
+SPLITS = ("train", "validation")
+"""The splits that a run reads."""
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is about to be trained. A fine-tuning is a run without teacher."""
+
+    dataset: Dataset
+    max_length: int
+    training: TrainingSettings
+    student: Encoder
+    teacher: Encoder | None
+    plan: Plan
+    tokens: Tokens
+    folder: Path
+    bf16: bool
+    control: bool = False
+
+    def splits(self) -> list[tuple[str, Rows]]:
+        """Return the splits that the run reads, by name."""
+        return [(name, self.dataset.splits[name]) for name in SPLITS]
+
+    def models(self) -> list[tuple[str, Encoder]]:
+        """Return student and teacher by the name they have in messages."""
+        if self.teacher is None:
+            return [("model", self.student)]
+        return [("student", self.student), ("teacher", self.teacher)]
+
+    def terms(self) -> dict[str, Term]:
+        """Return the terms that some stage computes."""
+        used = {name for stage in self.plan.stages for name in stage.weights}
+        return {name: term for name, term in self.plan.terms.items() if name in used}
+
+    def learns_from_teacher(self) -> bool:
+        """Return whether any term reads anything of the teacher."""
+        return any(term.teacher_needs != Needs() for term in self.terms().values())
+
+
+@dataclass
+class Report:
+    """Problems that stop the run, warnings that do not, and facts worth showing."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def error(self, text: str) -> None:
+        """Note a problem: expected, found, remedy."""
+        self.errors.append(text)
+
+    def warn(self, text: str) -> None:
+        """Note a warning."""
+        self.warnings.append(text)
+
+    def close(self, console: Console) -> dict[str, Any]:
+        """Print the warnings, then raise `WrongInput` if there are errors or return the facts."""
+        for text in self.warnings:
+            # Label lists look like rich's markup.
+            console.print(f"Warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if len(self.errors) == 1:
+            raise WrongInput(self.errors[0])
+        if self.errors:
+            lines = [f"{i}. {text}" for i, text in enumerate(self.errors, start=1)]
+            raise WrongInput(f"{len(lines)} problems before the first step:\n" + "\n".join(lines))
+        return {**self.found, "warnings": self.warnings}
+
+
+Check = Callable[[Run, Report], None]
+
+
+def listed(values: Sequence[Any]) -> str:
+    """Return `[a, b, c]` without quotes.
+
+    Example:
+        >>> listed(("good", "bad"))
+        '[good, bad]'
+    """
+    return f"[{', '.join(map(str, values))}]"
+
+
+def row_numbers(index: Sequence[int] | np.ndarray) -> str:
+    """Return the first few row numbers, counted from 1.
+
+    Example:
+        >>> row_numbers([0, 4])
+        'rows 1, 5'
+    """
+    numbers = ", ".join(str(int(i) + 1) for i in index[:_SHOWN])
+    more = f" and {len(index) - _SHOWN} more" if len(index) > _SHOWN else ""
+    return f"row{'s' if len(index) > 1 else ''} {numbers}{more}"
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Return the text in quotes, cut to `most` characters."""
+    return repr(text if len(text) <= most else text[: most - 3] + "...")

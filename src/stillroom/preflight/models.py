@@ -1,0 +1,210 @@
+"""Checks of student and teacher: heads, names of labels, tokens, layers, and a trial of each stage."""
+
+import copy
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from stillroom.data.batching import make_batch
+from stillroom.data.tasks import Kind, Task
+from stillroom.data.tokens import TokenisedRows, fingerprint
+from stillroom.encoder import Encoder, Outputs
+from stillroom.errors import WrongInput
+from stillroom.evaluation import cost
+from stillroom.preflight.base import SPLITS, Report, Run, listed, shortened
+from stillroom.teacher.live import LiveTeacher
+from stillroom.training.distiller import Distiller
+
+_TRIAL_ROWS = 4
+_SHOWN_TOKENS = 12
+
+_KINDS: dict[str, Kind] = {
+    "regression": "regression",
+    "single_label_classification": "classification",
+    "multi_label_classification": "multi-label",
+}
+
+
+def require_same_head(task: Task, teacher: Encoder) -> None:
+    """Raise `WrongInput` unless the teacher's head is one for this kind of labels and their count.
+
+    Made before the student is built, which may copy the head.
+    """
+    found = teacher.config.num_labels
+    stated = _KINDS.get(teacher.config.problem_type or "")
+    kind = stated or ("regression" if found == 1 else None)
+    if kind is not None and kind != task.kind and "regression" in (kind, task.kind):
+        raise WrongInput(
+            f"The labels of {task.name} are for {task.kind}, and the teacher is for {kind} "
+            f"({found} output(s)). Give a teacher that was fine-tuned on such labels, or say what the "
+            f"labels mean with dataset.kind={kind}."
+        )
+    if found != task.outputs:
+        raise WrongInput(
+            f"{task.name} has {task.outputs} label(s) {listed(task.labels)}, the teacher has {found} "
+            f"{listed(teacher.labels)}. Give a teacher that was fine-tuned on these labels, or check "
+            "dataset.label and dataset.labels."
+        )
+    if stated is not None and stated != task.kind:
+        raise WrongInput(
+            f"The labels of {task.name} are for {task.kind}, and the teacher's config.json says "
+            f"problem_type={teacher.config.problem_type}. Give another teacher, or set "
+            f"dataset.kind={stated}."
+        )
+
+
+def label_names(run: Run, report: Report) -> None:
+    """The teacher's label names are the data's, in the same order."""
+    task, teacher = run.dataset.task, run.teacher
+    if teacher is None or task.kind == "regression":
+        return
+    ours, theirs = [_plain(name) for name in task.labels], [_plain(name) for name in teacher.labels]
+    if ours == theirs:
+        return
+    orders = f"the data's labels are {listed(task.labels)}, the teacher's {listed(teacher.labels)}"
+    if sorted(ours) == sorted(theirs):
+        report.error(
+            f"Expected the same labels in the same order: {orders}. If the teacher's weights have its "
+            f"order, {reorder(teacher.labels)}; if they have the data's, correct id2label in "
+            "the teacher's config.json."
+        )
+    elif all(re.fullmatch(r"label \d+", name) for name in theirs):
+        report.warn(
+            f"The teacher's labels have no names ({listed(teacher.labels)}); they are read in the "
+            f"data's order {listed(task.labels)}."
+        )
+    else:
+        report.warn(f"Names of labels differ: {orders}. They are taken to mean the same, in this order.")
+
+
+def reorder(order: tuple[str, ...]) -> str:
+    """Return the remedy for a teacher whose logits stand in another order than the data's labels."""
+    return f"use data whose labels are numbered in the order {listed(order)} (dataset.labels, for a file)"
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.split(r"[\s_-]+", str(name).strip())).casefold()
+
+
+def vocabulary(run: Run, report: Report) -> None:
+    """Every token id is in the model's vocabulary."""
+    for who, model in run.models():
+        splits = run.tokens.teacher if who == "teacher" else run.tokens.student
+        inner: Any = model.model
+        size = inner.get_input_embeddings().num_embeddings
+        largest = max(_largest(splits[name].ids, splits[name].pad_id) for name in SPLITS)
+        if largest >= size:
+            report.error(
+                f"The {who} has a vocabulary of {size} tokens, its tokenizer gave the id {largest}: the "
+                "tokenizer belongs to another model. Copy model and tokenizer from the same place."
+            )
+        types = getattr(model.config, "type_vocab_size", None)
+        given = max(_largest(splits[name].types, 0) for name in SPLITS)
+        if types and given >= types:
+            report.error(
+                f"The {who} knows {types} token type(s), its tokenizer gave the type {given}: the "
+                "tokenizer belongs to another model. Copy model and tokenizer from the same place."
+            )
+
+
+def _largest(values: np.ndarray | None, least: int) -> int:
+    return least if values is None else int(values.max(initial=least))
+
+
+def same_tokens(run: Run, report: Report) -> None:
+    """Student and teacher read the same tokens wherever their states are compared one by one."""
+    names = [name for name, term in run.terms().items() if term.same_tokens]
+    if run.teacher is None or not names or run.tokens.alike:
+        return
+    ours, theirs = run.tokens.student["train"], run.tokens.teacher["train"]
+    row = next((i for i in range(len(ours)) if not np.array_equal(_ids(ours, i), _ids(theirs, i))), None)
+    if row is None:
+        return
+    needs = f"{', '.join(names)} compares states token by token"
+    if fingerprint(run.student.tokenizer) == fingerprint(run.teacher.tokenizer):
+        least = min(run.student.positions, run.teacher.positions)
+        report.error(
+            f"{needs}, but row {row + 1} of train is cut to {ours.lengths[row]} tokens for the student "
+            f"and {theirs.lengths[row]} for the teacher. Set dataset.max_length={least}."
+        )
+        return
+    text = " | ".join(shortened(column[row]) for column in run.dataset.splits["train"].texts)
+    report.error(
+        f"{needs}, so student and teacher must tokenise alike, but {text} is\n"
+        f"   {_tokens(run.student, ours, row)} to the student and\n"
+        f"   {_tokens(run.teacher, theirs, row)} to the teacher.\n"
+        "   Use a student with the teacher's tokenizer (a size such as 4x312, or layers:2,4,6), or "
+        "method=kd, which works with two tokenizers."
+    )
+
+
+def _ids(tokens: TokenisedRows, row: int) -> np.ndarray:
+    return tokens.ids[tokens.offsets[row] : tokens.offsets[row] + tokens.lengths[row]]
+
+
+def _tokens(model: Encoder, tokens: TokenisedRows, row: int) -> str:
+    ids = _ids(tokens, row)
+    shown = model.tokenizer.convert_ids_to_tokens(ids[:_SHOWN_TOKENS].tolist())
+    return listed([*shown, "..."] if len(ids) > _SHOWN_TOKENS else shown)
+
+
+def layers(run: Run, report: Report) -> None:
+    """The layers that are compared are there."""
+    total, outside = cost.parameters(run.student)
+    report.found["student"] = {"parameters": total, "non_embedding_parameters": outside}
+    report.found["layers"] = {}
+    for name, term in run.terms().items():
+        read = {"student": sorted(term.student_needs.hidden_states)}
+        if run.teacher is not None:
+            read["teacher"] = sorted(term.teacher_needs.hidden_states)
+        if any(read.values()):
+            report.found["layers"][name] = read
+        for who, model in run.models():
+            beyond = [layer for layer in read.get(who, []) if not 0 <= layer <= model.depth]
+            if beyond:
+                report.error(
+                    f"{name} reads the layers {listed(beyond)} of the {who}, which has layers 1 to "
+                    f"{model.depth}. Correct method.layer_map."
+                )
+
+
+def perturbation(run: Run, report: Report) -> None:
+    """The student's embeddings can be perturbed where the method does so."""
+    wanted = run.plan.perturbation is not None and any(stage.perturb for stage in run.plan.stages)
+    if wanted and run.student.embedding_dropout() is None:
+        report.error(
+            f"The method perturbs the student's embeddings, and those of "
+            f"{type(run.student.model).__name__} cannot be: expected one dropout at their end. Set "
+            "method.perturbation=off, or use a student of another family."
+        )
+
+
+def trial(run: Run, report: Report) -> None:
+    """The loss of every stage can be computed, and is finite, on a few rows.
+
+    A second stage that fails would otherwise show only when most of the training is done.
+    """
+    device = Accelerator().device
+    least = max(term.least_rows for term in run.terms().values())
+    rows = run.dataset.splits["train"]
+    index = np.arange(min(len(rows), max(least, _TRIAL_ROWS)))
+    batch = make_batch(index, rows, run.tokens.student["train"], run.tokens.teacher["train"]).to(device)
+    with torch.random.fork_rng():
+        # A copy: terms keep state of the rows they see.
+        distiller = Distiller(run.student, copy.deepcopy(run.plan), bf16=run.bf16).to(device)
+        for number, stage in enumerate(run.plan.stages, start=1):
+            outputs = Outputs(torch.empty(0))
+            if run.teacher is not None:
+                teacher = LiveTeacher(run.teacher, device=device, bf16=run.bf16)
+                outputs = teacher(batch, run.plan.teacher_needs(stage))
+            found = distiller(batch, outputs, stage).terms
+            wrong = [f"{name} = {value.item()}" for name, value in found.items() if not value.isfinite()]
+            if wrong:
+                report.error(
+                    f"In stage {number}, before any training, {', '.join(wrong)} on the first rows of "
+                    "train, expected finite numbers: weights are damaged or overflow. Set "
+                    "training.precision=float32, or give other models."
+                )
