@@ -1,5 +1,8 @@
 """Tiny random encoders of many families and toy rows, made in a moment and without a download."""
 
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,16 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from stillroom import methods
 from stillroom.data.batching import Batch, make_batch
 from stillroom.data.tasks import Dataset, Kind, Rows, Task
 from stillroom.data.tokens import TokenisedRows, tokenise
-from stillroom.encoder import Encoder, describe_task
+from stillroom.encoder import Encoder, Needs, describe_task
+from stillroom.methods.base import Context, Plan
+from stillroom.ops.prediction import hard_label_loss
+from stillroom.recipe import MethodSettings, TrainingSettings
+from stillroom.teacher.live import LiveTeacher
+from stillroom.training.loop import Job
 
 WORDS = (
     "the a film was is not never good great fine bad poor dull and but very quite it plot actor "
@@ -143,3 +152,112 @@ def make_tokens(rows: Rows, encoder: Encoder, *, max_length: int = 32) -> Tokeni
 def make_batch_of(rows: Rows, encoder: Encoder) -> Batch:
     """Return all rows in one batch, teacher and student reading the same tokens."""
     return make_batch(np.arange(len(rows)), rows, make_tokens(rows, encoder))
+
+
+def make_plan(
+    student: Encoder,
+    teacher: Encoder,
+    task: Task,
+    rows: int,
+    *,
+    method: str = "lrc-bert",
+    seed: int = 0,
+    **options: Any,
+) -> Plan:
+    """Return a method's plan for these two; its projections start from `seed`."""
+    context = Context(
+        task.kind, task.outputs, rows, student.depth, student.width, teacher.depth, teacher.width
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return methods.build(MethodSettings(name=method, **options), context)
+
+
+def make_job(
+    folder: Path,
+    *,
+    method: str = "lrc-bert",
+    options: Mapping[str, Any] | None = None,
+    kind: Kind = "classification",
+    pair: bool = False,
+    family: str = "bert",
+    count: int = 48,
+    evaluate: Callable[[Encoder], dict[str, float]] | None = None,
+    **settings: Any,
+) -> Job:
+    """Return a tiny distillation, made anew: 4 teacher layers of width 24, 2 student layers of 16.
+
+    Args:
+        folder: The run's folder.
+        method: Its name.
+        options: The method's.
+        kind: Of the toy task.
+        pair: Whether its rows are pairs.
+        family: Of teacher and student.
+        count: Training rows.
+        evaluate: By default the minus of the mean squared logit: anything but constant.
+        **settings: `TrainingSettings`; by default six steps an epoch, logged each.
+    """
+    task = make_task(kind, pair=pair)
+    rows = make_rows(task, count)
+    student = make_encoder(family, task=task)
+    teacher = make_encoder(family, task=task, layers=4, width=24, seed=1)
+    tokens = make_tokens(rows, student)
+
+    def score(encoder: Encoder) -> dict[str, float]:
+        with torch.no_grad():
+            logits = encoder.eval()(make_batch_of(rows, encoder).student, Needs(logits=True)).logits
+        return {"score": -logits.square().mean().item()}
+
+    chosen: dict[str, Any] = {
+        "epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "log_every": 1,
+        "checkpoint_every": 3,
+    }
+    return Job(
+        "tiny",
+        student,
+        None if method == "none" else LiveTeacher(teacher, device=torch.device("cpu"), bf16=False),
+        make_plan(student, teacher, task, count, method=method, **(options or {})),
+        rows,
+        tokens,
+        tokens,
+        TrainingSettings(**{**chosen, **settings}),
+        False,
+        evaluate or score,
+        folder,
+    )
+
+
+@functools.cache
+def _teacher_weights(kind: Kind, pair: bool, order: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    task = make_task(kind, pair=pair)
+    rows = make_rows(task, 96, seed=2)
+    if order is not None:
+        rows = replace(rows, labels=np.asarray(order)[rows.labels])
+    teacher = make_encoder(task=task, layers=4, width=24, seed=1)
+    batch = make_batch_of(rows, teacher)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
+    for _ in range(60):
+        logits = teacher(batch.student, Needs(logits=True)).logits
+        hard_label_loss(logits, batch.labels, kind=kind).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return teacher.model.state_dict()
+
+
+def make_teacher(
+    kind: Kind = "classification", *, pair: bool = False, order: tuple[int, ...] | None = None
+) -> Encoder:
+    """Return a BERT of 4 layers of width 24 that solves the toy task. Trained once, in a second.
+
+    Args:
+        kind: Of the toy task.
+        pair: Whether its rows are pairs.
+        order: The number that the teacher gives to each class, where that is not the data's.
+    """
+    teacher = make_encoder(task=make_task(kind, pair=pair), layers=4, width=24)
+    teacher.model.load_state_dict(_teacher_weights(kind, pair, order))
+    return teacher
