@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	rm -rf $(RUN)
 	$(BIN)/stillroom finetune --model minilm-l6 --dataset builtin/verdicts -o $(RUN)/teacher
-	$(BIN)/stillroom distill benchmarks/demo.yaml -o $(RUN)
+	$(BIN)/stillroom distill recipes/demo.yaml -o $(RUN)
 
 test: install
 	$(BIN)/ruff format --check .
