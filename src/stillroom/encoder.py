@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -241,7 +243,8 @@ def load(name: str, task: Task | None = None, *, fresh_head: bool = False) -> En
             use_safetensors=True,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=fresh_head,
+            # _check_weights refuses them by name.
+            ignore_mismatched_sizes=True,
             **options,
         )
     _check_weights(name, model, report, fresh_head)
@@ -261,6 +264,9 @@ def require_fast(tokenizer: Any, name: str) -> None:
     """Raise `WrongInput` unless the tokenizer is a fast one that can pad."""
     if not getattr(tokenizer, "is_fast", False):
         raise WrongInput(f"{name} has no fast tokenizer (tokenizer.json); convert it first.")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # transformers makes an empty one where there are no files: every word would be unknown.
+        raise WrongInput(f"{name} has no tokenizer files (tokenizer.json); copy them beside the weights.")
     if tokenizer.pad_token_id is None:
         raise WrongInput(f"The tokenizer of {name} has no padding token; set one and save it.")
 
@@ -283,7 +289,7 @@ def explain_load(name: str) -> Iterator[None]:
         raise WrongInput(
             f"The files of {name} are damaged: {type(error).__name__}: {error}. Copy the model again."
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WrongInput(
             f"{name} cannot be loaded as a sequence-classification encoder: {reason} Expected a "
@@ -313,6 +319,12 @@ def _check_weights(name: str, model: nn.Module, report: Mapping[str, Any], fresh
     # A pooler is part of the head: most pretrained encoders come without one.
     body = {key for key in missing | mismatched if key.startswith(prefix) and ".pooler." not in key}
     head = (missing | mismatched) - body
+    unread = sorted(key for key in report["unexpected_keys"] if re.match(rf"{prefix}.*\.\d+\.", key))
+    if unread:
+        raise WrongInput(
+            f"{name} has weights of blocks that its config.json does not have: {unread[0]} "
+            f"({len(unread)} in all). Copy config.json and the weights from one place."
+        )
     if body:
         raise WrongInput(
             f"{name} lacks weights of its {type(model).__name__}: {', '.join(sorted(body)[:3])} "
