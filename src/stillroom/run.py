@@ -72,6 +72,9 @@ def distill(
         raise ValueError("distill needs a recipe, or resume=True")
     recipe = methods.resolve(recipe)
     with contextlib.nullcontext() if dry_run else durable.locked(folder):
+        if not dry_run:
+            for place in (folder, folder / CONTROL):
+                durable.remove_leftovers(place)
         if not resume:
             teacher = Path(recipe.teacher).absolute()
             durable.require_empty(
@@ -157,7 +160,7 @@ def finetune(
         ms = cost.milliseconds([(model, tokens["validation"])], bf16=False)
         found = _evaluator(dataset, tokens["validation"], bf16)(model)
         metrics = {
-            "model": _costs(model, folder, found, ms[0]),
+            "model": {"metrics": found, **cost.of(model, folder, ms[0])},
             "train": _training(trained),
             "environment": _environment(bf16),
         }
@@ -286,16 +289,16 @@ def _measure(
     student_tokens = parts.tokens.student["validation"]
     teacher_tokens = parts.tokens.teacher["validation"]
     models = {
-        "teacher": (parts.teacher, teacher_tokens, Path(encoder.locate(recipe.teacher))),
-        "student": (parts.student, student_tokens, folder / STUDENT),
+        "teacher": (parts.teacher, teacher_tokens, encoder.locate(recipe.teacher)),
+        "student": (parts.student, student_tokens, str(folder / STUDENT)),
     }
     if control is not None:
-        models["control"] = (control, student_tokens, folder / CONTROL / STUDENT)
+        models["control"] = (control, student_tokens, str(folder / CONTROL / STUDENT))
     timed = cost.milliseconds([(model, tokens) for model, tokens, _ in models.values()], bf16=False)
     metrics: dict[str, Any] = {}
     for (name, (model, tokens, place)), ms in zip(models.items(), timed, strict=True):
         found = _evaluator(parts.dataset, tokens, parts.bf16)(model)
-        metrics[name] = _costs(model, place, found, ms)
+        metrics[name] = {"metrics": found, **cost.of(model, place, ms)}
     first = parts.dataset.task.metrics[0]
     goal = metrics["teacher"]["metrics"][first]
     metrics["retained"] = metrics["student"]["metrics"][first] / goal if goal else None
@@ -304,17 +307,6 @@ def _measure(
     metrics["train"] = _training(trained)
     metrics["environment"] = _environment(parts.bf16)
     return metrics
-
-
-def _costs(model: Encoder, place: Path, metrics: dict[str, float], ms: float) -> dict[str, Any]:
-    total, outside = cost.parameters(model)
-    return {
-        "metrics": metrics,
-        "parameters": total,
-        "non_embedding_parameters": outside,
-        "bytes": cost.bytes_of_weights(place),
-        "ms_per_example": ms,
-    }
 
 
 def _training(trained: Trained) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from stillroom.data.batching import pad
@@ -23,9 +25,30 @@ def parameters(encoder: Encoder) -> tuple[int, int]:
     return total, total - sum(weight.numel() for weight in tables.values())
 
 
-def bytes_of_weights(folder: Path) -> int:
-    """Return the size of the folder's weight files in bytes."""
+def bytes_of_weights(place: str | Path) -> int:
+    """Return the size in bytes of the weight files in a folder, or of a hub id that was loaded."""
+    folder = Path(place)
+    if not folder.is_dir():
+        found = snapshot_download(str(place), allow_patterns="*.safetensors", local_files_only=True)
+        folder = Path(found)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def of(encoder: Encoder, place: str | Path, ms: float) -> dict[str, Any]:
+    """Return the costs as reports show them.
+
+    Args:
+        encoder: The model.
+        place: Where its weights lie: a folder or a hub id.
+        ms: What `milliseconds` found.
+    """
+    total, outside = parameters(encoder)
+    return {
+        "parameters": total,
+        "non_embedding_parameters": outside,
+        "bytes": bytes_of_weights(place),
+        "ms_per_example": ms,
+    }
 
 
 def milliseconds(

@@ -1,0 +1,144 @@
+"""Score models on a split, and compare each with the first."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from rich.console import Console
+from sklearn.metrics import confusion_matrix
+
+from stillroom import encoder
+from stillroom.data import sources
+from stillroom.data.tasks import Rows, Task
+from stillroom.data.tokens import TokenisedRows, tokenise
+from stillroom.encoder import Encoder
+from stillroom.errors import WrongInput
+from stillroom.evaluation import cost
+from stillroom.evaluation.metrics import predictions, score
+from stillroom.evaluation.predict import predict
+from stillroom.evaluation.significance import RESAMPLED, mcnemar, paired_bootstrap
+from stillroom.recipe import DatasetSettings, Precision
+from stillroom.training.loop import use_bf16
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    dataset: DatasetSettings | str,
+    *,
+    split: str = "validation",
+    precision: Precision = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Score models on a split, and compare each with the first on the same rows.
+
+    Args:
+        models: Folders, hub ids or run folders; a run folder means its student.
+        dataset: The data, or only its name.
+        split: Which split is scored; no other is read.
+        precision: `bf16` autocast, `float32`, or `auto`: bf16 where the device computes it fast.
+            Times are always those of float32.
+        console: Where progress goes; standard error by default.
+
+    Returns:
+        `dataset`, `split`, `rows`, `metric` (the one that counts) and `models`: for each its
+        `metrics`, `parameters`, `non_embedding_parameters`, `bytes`, `ms_per_example` at batch 1,
+        for classes the `confusion` counts (row: label, column: prediction), and from the second
+        model on `against_first`: per metric the difference with its 95 % interval from a paired
+        bootstrap, and for classes McNemar's exact test.
+
+    Raises:
+        WrongInput: If a model or the data is not as expected, or their labels do not agree.
+
+    Example:
+        >>> found = evaluate(["runs/teacher", "runs/sst2"], "glue/sst2")  # doctest: +SKIP
+        >>> found["models"][1]["against_first"]["metrics"]["accuracy"]  # doctest: +SKIP
+        {'value': -0.011, 'low': -0.023, 'high': 0.001}
+    """
+    console = console or Console(stderr=True)
+    if not models:
+        raise WrongInput("Expected at least one model to evaluate, found none.")
+    settings = DatasetSettings(name=dataset) if isinstance(dataset, str) else dataset
+    names = [str(model) for model in models]
+    bf16 = use_bf16(precision)
+    data = sources.load(settings, splits=(split,))
+    rows = data.split(split)
+    loaded: list[tuple[Encoder, TokenisedRows]] = []
+    for name in names:
+        model = encoder.load(name)
+        _require_same_labels(name, model, data.task, console)
+        most = min(settings.max_length, model.positions)
+        tokens = tokenise(rows, model.tokenizer, max_length=most, console=console)
+        loaded.append((model.to(Accelerator().device), tokens))
+
+    times = cost.milliseconds(loaded, bf16=False)
+    entries: list[dict[str, Any]] = []
+    said: list[np.ndarray] = []
+    for name, (model, tokens), ms in zip(names, loaded, times, strict=True):
+        with console.status(f"Scoring {name} on {len(rows)} rows"):
+            logits = predict(model, tokens, bf16=bf16)
+        entry = {"model": name, "metrics": score(data.task, logits, rows.labels)}
+        entry |= cost.of(model, encoder.locate(name), ms)
+        said.append(predictions(logits, data.task.kind))
+        if data.task.kind == "classification":
+            every = range(data.task.outputs)
+            entry["confusion"] = confusion_matrix(rows.labels, said[-1], labels=every).tolist()
+        if entries:
+            entry["against_first"] = _compare(data.task, rows, said[0], said[-1])
+        entries.append(entry)
+    return {
+        "dataset": settings.name,
+        "split": split,
+        "rows": len(rows),
+        "labels": list(data.task.labels),
+        "metric": data.task.metrics[0],
+        "models": entries,
+    }
+
+
+def _require_same_labels(name: str, model: Encoder, task: Task, console: Console) -> None:
+    """Raise `WrongInput` unless the model's head is one for the task's labels, in their order."""
+    stated = model.config.problem_type
+    if model.config.num_labels != task.outputs or stated not in (None, encoder.PROBLEM_TYPES[task.kind]):
+        raise WrongInput(
+            f"{task.name} is {task.kind} with {task.outputs} output(s) [{', '.join(task.labels)}]; "
+            f"{name} is {stated or 'a model'} with {model.config.num_labels} "
+            f"[{', '.join(model.labels)}]. Give a model that was fine-tuned on these labels, or check "
+            "dataset.label, dataset.labels and dataset.kind."
+        )
+    ours, theirs = ([_plain(label) for label in labels] for labels in (task.labels, model.labels))
+    if task.kind == "regression" or ours == theirs:
+        return
+    orders = f"the data's labels are [{', '.join(task.labels)}], {name} has [{', '.join(model.labels)}]"
+    if sorted(ours) == sorted(theirs):
+        raise WrongInput(
+            f"Expected the same labels in the same order: {orders}. If its weights have its order, use "
+            "data whose labels are numbered so (dataset.labels, for a file); if they have the data's, "
+            "correct id2label in its config.json."
+        )
+    console.print(
+        f"Warning: {orders}; they are taken to mean the same, in this order.",
+        style="yellow",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _plain(label: str) -> str:
+    return re.sub(r"[\s_-]+", " ", label.strip()).casefold()
+
+
+def _compare(task: Task, rows: Rows, first: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "metrics": {
+            name: asdict(paired_bootstrap(RESAMPLED[name], first, other, rows.labels))
+            for name in task.metrics
+        }
+    }
+    if task.kind == "classification":
+        found["mcnemar"] = asdict(mcnemar(first == rows.labels, other == rows.labels))
+    return found
