@@ -1,1 +1,52 @@
 """Stillroom: distil a fine-tuned encoder into a small, fast one, and prove what was kept."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stillroom.errors import RunFailed, StillroomError, WrongInput
+    from stillroom.evaluation.compare import evaluate
+    from stillroom.recipe import DatasetSettings, FinetuneRecipe, Recipe
+    from stillroom.run import distill, finetune
+
+    __version__: str
+
+__all__ = [
+    "DatasetSettings",
+    "FinetuneRecipe",
+    "Recipe",
+    "RunFailed",
+    "StillroomError",
+    "WrongInput",
+    "__version__",
+    "distill",
+    "evaluate",
+    "finetune",
+]
+
+_HOMES = {
+    "DatasetSettings": "stillroom.recipe",
+    "FinetuneRecipe": "stillroom.recipe",
+    "Recipe": "stillroom.recipe",
+    "RunFailed": "stillroom.errors",
+    "StillroomError": "stillroom.errors",
+    "WrongInput": "stillroom.errors",
+    "distill": "stillroom.run",
+    "evaluate": "stillroom.evaluation.compare",
+    "finetune": "stillroom.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds, `--help` should not."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("stillroom")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

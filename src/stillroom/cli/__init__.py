@@ -1,1 +1,60 @@
-"""To be written."""
+"""The command line: one file per command."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from stillroom.cli import datasets, distill, evaluate, finetune, frame, methods
+
+app = typer.Typer(
+    name="stillroom",
+    rich_markup_mode="rich",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=frame.examples(
+        "stillroom finetune --model minilm-l6 --dataset builtin/verdicts -o runs/teacher",
+        "stillroom distill --teacher runs/teacher --dataset builtin/verdicts -o runs/student",
+        "stillroom evaluate runs/teacher runs/student --dataset builtin/verdicts",
+    ),
+)
+app.command(epilog=finetune.EXAMPLES)(finetune.finetune)
+app.command(epilog=distill.EXAMPLES)(distill.distill)
+app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=methods.EXAMPLES)(methods.methods)
+app.command(epilog=datasets.EXAMPLES)(datasets.datasets)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from stillroom import __version__
+
+        typer.echo(f"stillroom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _stillroom(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help=f"Show the traceback of errors, as {frame.DEBUG}=1 does."),
+    ] = False,
+) -> None:
+    """Distil a fine-tuned encoder into a small, fast one, and prove what was kept.
+
+    Results go to standard output, all else to standard error. Exit codes: 0 done, 1 failed, 2 wrong
+    input, 130 stopped from the keyboard.
+    """
+    if debug:
+        os.environ[frame.DEBUG] = "1"
+
+
+def main() -> None:
+    """Run the command line; the entry point `stillroom`."""
+    app(prog_name="stillroom")

@@ -1,0 +1,183 @@
+"""`stillroom distill`: make a student."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stillroom.cli import frame
+from stillroom.errors import WrongInput
+
+EXAMPLES = frame.examples(
+    "stillroom distill --teacher runs/teacher --dataset builtin/verdicts --student layers:2,4,6 -o runs/a",
+    "stillroom distill recipe.yaml -o runs/b --control --set training.epochs=3 --set method.temperature=2",
+    "stillroom distill recipe.yaml -o runs/b --dry-run",
+    "stillroom distill --resume runs/b",
+)
+WHAT = "What to distil"
+
+
+def distill(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE.yaml", help="A recipe; options given beside it take precedence."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Fine-tuned encoder: a folder or a hub id.", rich_help_panel=WHAT),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="A size such as 4x312 (the default), layers:2,4,6 of the teacher, or a checkpoint.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One of `stillroom methods`; lrc-bert is the default.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    dataset: frame.OptionalDataset = None,
+    data_dir: frame.DataDir = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="RUN", help="The run folder, new or empty.", rich_help_panel=frame.RUN
+        ),
+    ] = None,
+    given: frame.Overrides = None,
+    seed: frame.Seed = None,
+    control: Annotated[
+        bool | None,
+        typer.Option(
+            "--control/--no-control",
+            help="Train the same student without a teacher as well, to show what distillation added.",
+            rich_help_panel=frame.RUN,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, train and write nothing.", rich_help_panel=frame.RUN
+        ),
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with a run that was stopped or killed; it needs no other option.",
+            rich_help_panel=frame.RUN,
+        ),
+    ] = None,
+    as_json: frame.AsJson = False,
+) -> None:
+    """Distil a teacher into a small student, and say what it kept."""
+    folder = resume or output or Path()
+    fixed = {
+        "RECIPE.yaml": recipe,
+        "--teacher": teacher,
+        "--student": student,
+        "--method": method,
+        "--dataset": dataset,
+        "--data-dir": data_dir,
+        "--output": output,
+        "--set": given or None,
+        "--seed": seed,
+        "--control": control,
+        "--dry-run": dry_run or None,
+    }
+
+    def work(console: Console) -> dict[str, Any]:
+        from stillroom.recipe import Recipe
+        from stillroom.run import distill
+
+        if resume is not None:
+            beside = [name for name, value in fixed.items() if value is not None]
+            if beside:
+                raise WrongInput(
+                    "A run goes on with its own recipe: expected --resume alone, found "
+                    f"{', '.join(beside)} beside it. Leave that out, or start a new run with -o."
+                )
+            return distill(None, folder, resume=True, console=console)
+        if output is None:
+            raise WrongInput(
+                "Expected a folder for the run: give -o RUN, or --resume RUN to go on with one."
+            )
+        loaded = Recipe.load(
+            recipe,
+            frame.overrides(given, data_dir=data_dir, seed=seed),
+            teacher=teacher,
+            student=student,
+            method=method,
+            dataset=dataset,
+            control=control,
+        )
+        return distill(loaded, folder, dry_run=dry_run, console=console)
+
+    found = frame.execute(work, as_json=as_json, stopped=lambda: _how_to_go_on(folder))
+    if as_json:
+        return
+    if dry_run:
+        _show_checks(found)
+    else:
+        _show(found, folder)
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if (folder / "recipe.yaml").exists():
+        return f"Stopped. Go on with: stillroom distill --resume {shlex.quote(str(folder))}"
+    return "Stopped before the first step; there is nothing to go on with."
+
+
+def _show_checks(found: dict[str, Any]) -> None:
+    table = frame.table({"check": "left", "found": "left"}, title="Nothing stands in the way of this run.")
+    for name, value in found.items():
+        if name != "warnings":
+            table.add_row(name.replace("_", " "), _text(value))
+    frame.show(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _show(found: dict[str, Any], folder: Path) -> None:
+    from stillroom.recipe import read_yaml
+
+    metric = found["metric"]
+    goal = found["teacher"]["metrics"][metric]
+    columns = {
+        "": "left",
+        **dict.fromkeys(found["teacher"]["metrics"], "right"),
+        f"{metric} kept": "right",
+        **frame.COST_COLUMNS,
+    }
+    table = frame.table(columns)
+    for name in ("teacher", "control", "student"):
+        if name in found:
+            model = found[name]
+            kept = f"{model['metrics'][metric] / goal:.1%}" if goal else "-"
+            table.add_row(
+                name,
+                *(f"{value:.4f}" for value in model["metrics"].values()),
+                kept,
+                *frame.cost_cells(model),
+            )
+    models = shlex.join([read_yaml(folder / "recipe.yaml")["teacher"], str(folder)])
+    frame.show(
+        table,
+        f"Student: {folder / 'student'}",
+        f"Numbers: {folder / 'metrics.json'}",
+        f"Next: stillroom evaluate {models} {frame.data_options(folder)}",
+    )

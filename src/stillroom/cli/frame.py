@@ -1,0 +1,201 @@
+"""What every command shares: its options, where its output goes, and how it ends when it fails.
+
+Standard output holds the result and nothing else, standard error all the rest. Only the standard
+library, typer and rich are imported at start-up, so that `--help` comes at once.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from stillroom.errors import StillroomError
+
+DEBUG = "STILLROOM_DEBUG"
+"""Environment variable that shows the traceback of errors; `--debug` sets it."""
+
+_NOISY = r"(transformers|datasets|torch|accelerate|huggingface_hub|sklearn)(\.|$)"
+
+DATA = "Data"
+RUN = "Run"
+
+_DATASET: Any = typer.Option(
+    "--dataset",
+    metavar="D",
+    help="glue/<task>, builtin/<name>, or a file or folder of your own.",
+    rich_help_panel=DATA,
+)
+Dataset = Annotated[str, _DATASET]
+OptionalDataset = Annotated[str | None, _DATASET]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that holds glue/<task>/<split>.parquet. Default: $STILLROOM_DATA, else the hub.",
+        rich_help_panel=DATA,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any key of the recipe, such as training.epochs=3; may be repeated, the last one counts.",
+        rich_help_panel=RUN,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Short for --set training.seed=N.", rich_help_panel=RUN),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help='Print the result as one JSON object; an error as {"error": ...}.'),
+]
+
+
+def examples(*commands: str) -> str:
+    """Return the end of a help page: one example per line."""
+    # Empty lines between: older versions of typer join lines that follow each other.
+    return "\n\n".join(["[bold]Examples:[/]", *(f"$ {escape(command)}" for command in commands)])
+
+
+def overrides(
+    given: Sequence[str] | None, *, data_dir: Path | None = None, seed: int | None = None
+) -> list[str]:
+    """Return what `--data-dir`, `--seed` and `--set` ask for, as `key=value` in order."""
+    # JSON is YAML, and quotes what YAML would read as a number or a date.
+    short = [] if data_dir is None else [f"dataset.data_dir={json.dumps(str(data_dir))}"]
+    return [*short, *([] if seed is None else [f"training.seed={seed}"]), *(given or ())]
+
+
+def data_options(folder: Path) -> str:
+    """Return the options that name the data of a finished run, for the command to try next."""
+    from stillroom.recipe import DatasetSettings, read_yaml
+
+    settings = DatasetSettings.model_validate(read_yaml(folder / "recipe.yaml")["dataset"])
+    options = ["--dataset", settings.name]
+    for key, value in settings.model_dump(mode="json", exclude={"name"}, exclude_defaults=True).items():
+        if key == "data_dir":
+            options += ["--data-dir", value]
+        else:
+            options += ["--set", f"dataset.{key}={json.dumps(value)}"]
+    return shlex.join(options)
+
+
+def execute(
+    work: Callable[[Console], dict[str, Any]],
+    *,
+    as_json: bool,
+    stopped: Callable[[], str] = lambda: "Stopped.",
+) -> dict[str, Any]:
+    """Return what `work` returns, printed as JSON if asked for, or end the process with its error.
+
+    Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped from the keyboard.
+
+    Args:
+        work: Gets a console for progress and warnings; imports what it needs.
+        as_json: Whether the result, or the error, goes to standard output as one JSON object.
+        stopped: What to say after Ctrl-C.
+    """
+    console = Console(stderr=True)
+    debug = os.environ.get(DEBUG, "") not in ("", "0")
+    try:
+        with _quiet(debug), _stdout_to_stderr():
+            result = work(console)
+        text = json.dumps(result, indent=2, allow_nan=False)
+    except StillroomError as error:
+        _fail(console, str(error), error.exit_code, as_json=as_json, debug=debug)
+    except KeyboardInterrupt:
+        _fail(console, stopped(), 130, as_json=as_json, debug=debug)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        hint = "" if debug else f"\nThis was not expected. Set {DEBUG}=1 to see where it came from."
+        _fail(console, reason + hint, 1, as_json=as_json, debug=debug)
+    if as_json:
+        typer.echo(text)
+    return result
+
+
+def show(*parts: Table | Text | str) -> None:
+    """Print a result for people on standard output."""
+    console = Console()
+    if not console.is_terminal:
+        # In a file or a pipe no line needs to be broken.
+        console = Console(width=200)
+    for part in parts:
+        console.print(part, markup=False, highlight=False)
+
+
+def table(columns: Mapping[str, str], title: str | None = None) -> Table:
+    """Return an empty table: column names with `left` or `right`."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for name, justify in columns.items():
+        made.add_column(Text(name), justify="right" if justify == "right" else "left")
+    return made
+
+
+def cost_cells(model: Mapping[str, Any]) -> list[str]:
+    """Return parameters in millions, megabytes and milliseconds, for `COST_COLUMNS`."""
+    return [
+        f"{model['parameters'] / 1e6:.1f}",
+        f"{model['bytes'] / 1e6:.1f}",
+        f"{model['ms_per_example']:.2f}",
+    ]
+
+
+COST_COLUMNS = {"M parameters": "right", "MB": "right", "ms/example": "right"}
+
+
+def _fail(console: Console, message: str, code: int, *, as_json: bool, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    text = Text.assemble(("Error: " if code != 130 else "", "bold red"), message)
+    console.print(text, soft_wrap=not console.is_terminal)
+    if as_json:
+        typer.echo(json.dumps({"error": message}))
+    raise typer.Exit(code) from None
+
+
+@contextlib.contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Silence what third parties say about themselves. What the user has set stays as it is."""
+    # Set before their import, which reads them. Tokenizers warn of forks that do no harm.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if debug:
+        yield
+        return
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=_NOISY)
+        yield
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send to standard error what is printed meanwhile, by C libraries and child processes too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        # C's own buffer would otherwise be written at exit, behind the result.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
