@@ -153,7 +153,7 @@ def repeated_rows(run: Run, report: Report) -> None:
                 "(dataset.validation)."
             )
         else:
-            report.warn(f"{text}; the score is that much too good.")
+            report.warn(f"{text}; the score may be a little too good.")
 
 
 def _keys(rows: Rows) -> list[int]:

@@ -82,7 +82,7 @@ def label_names(run: Run, report: Report) -> None:
 
 def reorder(order: tuple[str, ...]) -> str:
     """Return the remedy for a teacher whose logits stand in another order than the data's labels."""
-    return f"use data whose labels are numbered in the order {listed(order)} (dataset.labels, for a file)"
+    return f"number the data's labels in the order {listed(order)} (for a file of your own: dataset.labels)"
 
 
 def _plain(name: str) -> str:
@@ -120,7 +120,12 @@ def same_tokens(run: Run, report: Report) -> None:
     if run.teacher is None or not names or run.tokens.alike:
         return
     ours, theirs = run.tokens.student["train"], run.tokens.teacher["train"]
-    row = next((i for i in range(len(ours)) if not np.array_equal(_ids(ours, i), _ids(theirs, i))), None)
+    known = run.teacher.tokenizer.get_vocab()
+    names = run.student.tokenizer.convert_ids_to_tokens(range(len(run.student.tokenizer)))
+    # The same token may have another number, as in a vocabulary that was trimmed.
+    number = np.array([known.get(name, -1) for name in names])
+    rows = range(len(ours))
+    row = next((i for i in rows if not np.array_equal(number[_ids(ours, i)], _ids(theirs, i))), None)
     if row is None:
         return
     needs = f"{', '.join(names)} compares states token by token"
