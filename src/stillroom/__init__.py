@@ -1,6 +1,7 @@
 """Stillroom: distil a fine-tuned encoder into a small, fast one, and prove what was kept."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from stillroom.run import distill, finetune
 
     __version__: str
+
+# Read by torch's CPU allocator at its first use: huge pages for large tensors. The gradient of a
+# word-embedding table is asked for anew in every step, and costs a page fault per 4 KiB without.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = [
     "DatasetSettings",

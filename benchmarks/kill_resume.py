@@ -1,0 +1,159 @@
+"""Kill a distillation at random moments, go on with --resume, and compare the students' bytes.
+
+    python benchmarks/kill_resume.py --work runs/kill-resume
+    python benchmarks/kill_resume.py --work /tmp/kill --tiny --kills 3
+
+One run is left alone. Then each of the others is killed once with SIGKILL, at a moment drawn from the
+time between its checks and its end (training of student and control, checkpoints, measuring), and
+resumed. Prints one JSON object; ends with 1 unless every run has the first one's SHA-256 of student
+and control. The teacher is minilm-l6 fine-tuned on builtin/verdicts, or with --tiny a toy.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STUDENTS = ("student/model.safetensors", "control/student/model.safetensors")
+REAL = ["--dataset", "builtin/verdicts", "--set", "dataset.train_rows=640"]
+
+
+def stillroom(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "stillroom.cli", *map(str, arguments)]
+
+
+def distillation(teacher: Path, data: list[str], *more: str) -> list[str]:
+    """Return the command of a run of a minute at most, without its output folder."""
+    command = stillroom("distill", "--teacher", teacher, *data, "--control", *more)
+    return [*command, "--set", "training.epochs=2", "--set", "training.checkpoint_every=7"]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as stream:
+        return subprocess.Popen(command, stdout=stream, stderr=stream)
+
+
+def wait_for_recipe(process: subprocess.Popen[bytes], folder: Path, log: Path) -> None:
+    """Wait until the run's checks are done: then it writes its recipe."""
+    while not (folder / "recipe.yaml").exists():
+        if process.poll() is not None:
+            raise SystemExit(f"The run ended with {process.returncode} before it began: see {log}")
+        time.sleep(0.002)
+
+
+def leave_alone(command: list[str], folder: Path) -> float:
+    """Do a run without a kill and return its seconds after the checks."""
+    log = folder.with_suffix(".log")
+    process = start([*command, "-o", str(folder)], log)
+    wait_for_recipe(process, folder, log)
+    began = time.perf_counter()
+    if process.wait():
+        raise SystemExit(f"The run failed with {process.returncode}: see {log}")
+    return time.perf_counter() - began
+
+
+def kill_and_resume(command: list[str], folder: Path, seconds: float) -> dict[str, object] | None:
+    """Kill a run `seconds` after its checks, resume it, and return what was seen.
+
+    Returns:
+        None if the run had ended by then.
+    """
+    log = folder.with_suffix(".log")
+    process = start([*command, "-o", str(folder)], log)
+    wait_for_recipe(process, folder, log)
+    time.sleep(seconds)
+    process.kill()
+    if process.wait() != -9:
+        return None
+    seen = {
+        "seconds": round(seconds, 3),
+        "checkpoints": sorted(str(path.relative_to(folder)) for path in folder.glob("**/step-*")),
+        "student_done": (folder / STUDENTS[0]).exists(),
+    }
+    resumed = start(stillroom("distill", "--resume", folder), log)
+    if resumed.wait():
+        raise SystemExit(f"The resumed run failed with {resumed.returncode}: see {log}")
+    return seen
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in STUDENTS}
+
+
+def compare(command: list[str], work: Path, kills: int, seed: int) -> dict[str, object]:
+    """Return the hashes of a run that is left alone and of `kills` that are not."""
+    work.mkdir(parents=True, exist_ok=True)
+    length = leave_alone(command, work / "alone")
+    expected = hashes(work / "alone")
+    chance = random.Random(seed)
+    killed: list[dict[str, object]] = []
+    attempts = 0
+    while len(killed) < kills:
+        attempts += 1
+        folder = work / f"killed-{attempts}"
+        seen = kill_and_resume(command, folder, chance.uniform(0, length))
+        if seen is not None:
+            found = hashes(folder)
+            killed.append({**seen, "sha256": found, "identical": found == expected})
+    return {
+        "identical": all(run["identical"] for run in killed),
+        "seed": seed,
+        "seconds_alone": round(length, 3),
+        "sha256": expected,
+        "killed": killed,
+    }
+
+
+def toy_teacher(work: Path) -> tuple[Path, list[str]]:
+    """Fine-tune a tiny random encoder on sentences whose last word is their label."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tiny import make_rows, make_task, save_encoder
+
+    task = make_task()
+    rows = make_rows(task, 600)
+    named = dict(zip(rows.texts[0], (task.labels[label] for label in rows.labels), strict=True))
+    lines = list(named.items())
+    data = work / "data"
+    data.mkdir(parents=True)
+    for name, part in (("train", lines[:240]), ("validation", lines[240:340])):
+        with (data / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("text", "label"), *part])
+    encoder = save_encoder(work / "encoder", layers=4, width=24)
+    dataset = ["--dataset", str(data)]
+    rate = ["--set", "training.learning_rate=0.005", "--set", "training.epochs=4"]
+    command = stillroom("finetune", "--model", encoder, *dataset, *rate, "-o", work / "teacher")
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return work / "teacher", dataset
+
+
+def real_teacher(work: Path) -> tuple[Path, list[str]]:
+    teacher = work / "teacher"
+    if not (teacher / "metrics.json").exists():
+        command = stillroom("finetune", "--model", "minilm-l6", "--dataset", "builtin/verdicts")
+        subprocess.run([*command, "-o", str(teacher)], check=True, stdout=sys.stderr)
+    return teacher, REAL
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/kill-resume"), help="a new folder")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--tiny", action="store_true", help="a toy teacher: a minute instead of many")
+    options = parser.parse_args()
+    work = options.work.absolute()
+    teacher, data = toy_teacher(work) if options.tiny else real_teacher(work)
+    layers = "layers:2,4" if options.tiny else "layers:2,4,6"
+    command = distillation(teacher, data, "--student", layers)
+    found = compare(command, work / "runs", options.kills, options.seed)
+    print(json.dumps(found, indent=2))
+    sys.exit(0 if found["identical"] else 1)
+
+
+if __name__ == "__main__":
+    main()
