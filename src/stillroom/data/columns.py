@@ -1,0 +1,277 @@
+"""What a table's columns mean: which hold text, which the label, and what kind of label."""
+
+import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from stillroom.data.tables import Table
+from stillroom.data.tasks import Kind, Rows, Task
+from stillroom.errors import WrongInput
+from stillroom.recipe import DatasetSettings, nearest
+
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text_a", "text_b"),
+    ("text1", "text2"),
+    ("query", "passage"),
+    ("query", "document"),
+)
+"""Usual names of two text columns, in the order in which they are looked for."""
+
+TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "utterance", "document", "body")
+"""Usual names of a single text column, looked for after the pairs."""
+
+LABELS = ("label", "labels", "score", "target", "class", "category", "rating", "sentiment", "gold_label")
+"""Usual names of the label column, in the order in which they are looked for."""
+
+_MOST_CLASSES = 20
+"""More classes than this, and than half the rows, are taken for scores or numbers of rows."""
+
+_METRICS: dict[Kind, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1"),
+    "regression": ("pearson", "spearman"),
+    "multi-label": ("f1", "accuracy"),
+}
+
+_LARGEST = float(np.finfo(np.float32).max)
+_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
+
+
+def task_of(table: Table, settings: DatasetSettings) -> tuple[Task, bool]:
+    """Return the task that columns and settings make, and whether labels may be class numbers.
+
+    They may where `settings.labels` names the classes by words; where it names them by numbers, a
+    number is a name.
+
+    Raises:
+        WrongInput: If columns or labels are missing, or are not what the settings say.
+    """
+    text = _text_columns(table, settings.text)
+    label = _label_column(table, settings.label, text)
+    values = _labels(table, label, settings.kind == "multi-label")
+    kind = _kind(values) if settings.kind == "auto" else settings.kind
+    names = settings.labels or ()
+    if kind == "regression":
+        if names:
+            raise WrongInput("Regression has no label names: remove dataset.labels or dataset.kind.")
+    elif names:
+        if len(set(names)) < len(names):
+            raise WrongInput(f"dataset.labels names one label twice: {', '.join(names)}.")
+    else:
+        names = _names(table, label, values, kind)
+        if settings.kind == "auto" and len(names) > max(_MOST_CLASSES, table.rows // 2):
+            raise WrongInput(
+                f"{table.source}: the column {label!r} has {len(names)} different labels in "
+                f"{table.rows} rows, too many for classes. Name another with dataset.label, or say "
+                "what they are with dataset.kind (classification, regression)."
+            )
+    words = settings.labels is not None and all(_number(name) is None for name in names)
+    return Task(settings.name, kind, text, label, names, _METRICS[kind]), words
+
+
+def _text_columns(table: Table, given: tuple[str, ...] | None) -> tuple[str, ...]:
+    if given is not None:
+        if len(given) not in (1, 2) or len(set(given)) < len(given):
+            raise WrongInput(f"dataset.text takes one or two columns, found {len(given)}: {list(given)}.")
+        for column in given:
+            _require_column(table, column, "dataset.text")
+        return given
+    by_name = {name.lower(): name for name in reversed(list(table.columns))}
+    for names in (*PAIRS, *((name,) for name in TEXTS)):
+        if all(name in by_name for name in names):
+            return tuple(by_name[name] for name in names)
+    raise WrongInput(
+        f"{table.source} has no text column of a usual name: its columns are "
+        f"{', '.join(table.columns)}. Name one or two of them, such as "
+        f"--set dataset.text=[{next(iter(table.columns))}]."
+    )
+
+
+def _label_column(table: Table, given: str | None, text: tuple[str, ...]) -> str:
+    if given is not None:
+        _require_column(table, given, "dataset.label")
+        if given in text:
+            raise WrongInput(f"{table.source}: the column {given!r} cannot be both text and label.")
+        return given
+    by_name = {name.lower(): name for name in reversed(list(table.columns)) if name not in text}
+    for name in LABELS:
+        if name in by_name:
+            return by_name[name]
+    raise WrongInput(
+        f"{table.source} has no label column of a usual name: its columns are "
+        f"{', '.join(table.columns)}. Name it, such as --set dataset.label={list(table.columns)[-1]}."
+    )
+
+
+def _require_column(table: Table, column: str, key: str = "") -> None:
+    if column not in table.columns:
+        hint = f" Set {key} to one of these." if key else ""
+        raise WrongInput(
+            f"{table.source} has no column {column!r}.{nearest(column, list(table.columns))}{hint}"
+        )
+
+
+def _labels(table: Table, column: str, multi: bool) -> list[Any]:
+    """Return the label column; a value that is missing is an error."""
+    values = list(table.columns[column])
+    for row, value in enumerate(values):
+        blank = isinstance(value, str) and value.strip().lower() in ("", "nan")
+        if value is None or value != value or (blank and not multi):
+            raise WrongInput(
+                f"{table.at(row)}: the label ({column!r}) is missing. Fill it in or remove the row."
+            )
+    return values
+
+
+def _kind(values: Sequence[Any]) -> Kind:
+    if any(isinstance(value, list) for value in values):
+        return "multi-label"
+    numbers = [_number(value) for value in values]
+    scores = all(n is not None for n in numbers) and any(n is not None and n % 1 for n in numbers)
+    return "regression" if scores else "classification"
+
+
+def _names(table: Table, column: str, values: Sequence[Any], kind: Kind) -> tuple[str, ...]:
+    """Return the sorted names of the classes that occur; numbers sort as numbers."""
+    found: set[str] = set()
+    for row, value in enumerate(values):
+        for part in _parts(value) if kind == "multi-label" else (value,):
+            name = _class(table, row, part)
+            number = _number(name)
+            if number is not None and (number < 0 or number % 1):
+                raise WrongInput(
+                    f"{table.at(row)}: expected a class number from 0 or a class name in {column!r}, "
+                    f"found {name}. -1 often marks rows without label: remove them. For scores set "
+                    "dataset.kind=regression."
+                )
+            found.add(name)
+    if len(found) < (1 if kind == "multi-label" else 2):
+        raise WrongInput(
+            f"{table.source}: expected at least two classes in {column!r}, found only "
+            f"{', '.join(found) or 'empty ones'}. Check dataset.label, or name all classes with "
+            "dataset.labels."
+        )
+    if all(_number(name) is not None for name in found):
+        return tuple(sorted(found, key=lambda name: (_number(name), name)))
+    return tuple(sorted(found))
+
+
+def rows_of(table: Table, task: Task, numbered: bool) -> Rows:
+    """Return the table's rows as the task reads them.
+
+    Args:
+        table: A file's columns.
+        task: Names the columns and the meaning of the labels.
+        numbered: Whether labels may be given as positions in `task.labels`.
+    """
+    for column in (*task.text, task.label):
+        _require_column(table, column)
+    texts = tuple(_texts(table, column) for column in task.text)
+    values = _labels(table, task.label, task.kind == "multi-label")
+    if task.kind == "regression":
+        return Rows(table.source, texts, _scores(table, values))
+    if task.kind == "classification":
+        found = [_index(table, row, value, task.labels, numbered) for row, value in enumerate(values)]
+        return Rows(table.source, texts, np.array(found, dtype=np.int64))
+    flags = np.zeros((table.rows, len(task.labels)), dtype=np.float32)
+    for row, value in enumerate(values):
+        for part in _parts(value):
+            index = _index(table, row, part, task.labels, numbered)
+            if flags[row, index]:
+                raise WrongInput(
+                    f"{table.at(row)}: the label {task.labels[index]!r} is given twice. A row lists the "
+                    "names of its labels, not a 0 or 1 for each."
+                )
+            flags[row, index] = 1
+    return Rows(table.source, texts, flags)
+
+
+def _texts(table: Table, column: str) -> list[str]:
+    values = list(table.columns[column])
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            found = (
+                "nothing" if value is None or value != value else f"{type(value).__name__} {value!r:.40}"
+            )
+            raise WrongInput(
+                f"{table.at(row)}: expected text in {column!r}, found {found}. Fill it in or remove the "
+                "row; another column is named with dataset.text."
+            )
+        # JSON can spell half a surrogate pair, which no tokenizer can read.
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise WrongInput(f"{table.at(row)}: the text in {column!r} is not valid Unicode. Correct it.")
+    return values
+
+
+def _scores(table: Table, values: Sequence[Any]) -> np.ndarray:
+    scores = np.empty(len(values), dtype=np.float32)
+    for row, value in enumerate(values):
+        number = _number(value)
+        if number is None or not abs(number) <= _LARGEST:
+            raise WrongInput(
+                f"{table.at(row)}: expected a finite number as label, found {value!r:.40}. Correct it or "
+                "remove the row; for classes set dataset.kind=classification."
+            )
+        scores[row] = number
+    return scores
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return the labels of one multi-label row: a list, or text with `|` or else commas."""
+    if isinstance(value, str):
+        return [part for part in value.split("|" if "|" in value else ",") if part.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        return None
+    try:
+        return None if isinstance(value, str) and "_" in value else float(value)
+    except ValueError:
+        return None
+    except OverflowError:
+        return math.inf
+
+
+def _class(table: Table, row: int, value: Any) -> str:
+    """Return a class label as text: 1, 1.0 and "1.0" are the same class, and so on."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float | Decimal) and value % 1 == 0:
+        return str(int(value))
+    if isinstance(value, str):
+        whole = _WHOLE.fullmatch(value.strip())
+        return whole[1] if whole else value.strip()
+    if isinstance(value, int | float | Decimal):
+        return str(value)
+    raise WrongInput(
+        f"{table.at(row)}: expected a label as text or number, found {type(value).__name__} "
+        f"{value!r:.40}. Name another column with dataset.label, or set dataset.kind=multi-label."
+    )
+
+
+def _index(table: Table, row: int, value: Any, names: Sequence[str], numbered: bool) -> int:
+    name = _class(table, row, value)
+    if name in names:
+        return names.index(name)
+    number = _number(name)
+    if numbered and number is not None and 0 <= number < len(names) and not number % 1:
+        return int(number)
+    if numbered and number == -1:
+        raise WrongInput(
+            f"{table.at(row)} has no label (-1), as the test splits of GLUE on the hub. Use a split "
+            "with labels, such as validation."
+        )
+    numbers = f" or a whole number from 0 to {len(names) - 1}" if numbered else ""
+    raise WrongInput(
+        f"{table.at(row)}: expected one of the labels {', '.join(names)}{numbers}, found {name!r}. "
+        "Labels are those of the training file, or dataset.labels."
+    )
