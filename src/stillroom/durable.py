@@ -78,7 +78,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to fill; on success it is summed, synced and renamed to `target`.
 
     A folder that stood at `target` is replaced. If the block raises, or the process dies, `target`
-    is as it was before.
+    is as it was before; only in the moment between the two renames of a replacement is it not there.
     """
     with explain_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +91,13 @@ def new_folder(target: Path) -> Iterator[Path]:
                 # A rename cannot replace a folder that is not empty: move the old one out first.
                 old = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
                 target.rename(old / target.name)
-                aside.rename(target)
-                shutil.rmtree(old, ignore_errors=True)
+                try:
+                    aside.rename(target)
+                except BaseException:
+                    (old / target.name).rename(target)
+                    raise
+                finally:
+                    shutil.rmtree(old, ignore_errors=True)
             else:
                 aside.rename(target)
         except BaseException:
@@ -168,6 +173,8 @@ def _seal(folder: Path) -> None:
     seal = folder / SUMS
     seal.write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
     for path in [*files, seal]:
+        # safetensors writes for the owner alone; a student is for others to serve.
+        path.chmod(0o644)
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     _sync_folder(folder)
