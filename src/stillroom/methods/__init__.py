@@ -28,7 +28,8 @@ def build(given: MethodSettings, context: Context) -> Plan:
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with the method's options and training defaults spelt out."""
     settings = settings_of(recipe.method)
-    method = MethodSettings(name=recipe.method.name, **settings.model_dump())
+    # As JSON, so that the recipe is equal to itself when it is read again: lists are no tuples.
+    method = MethodSettings(name=recipe.method.name, **settings.model_dump(mode="json"))
     defaults = find(recipe.method.name).training
     unset = {key: value for key, value in defaults.items() if key not in recipe.training.model_fields_set}
     training = recipe.training.model_copy(update=unset)
