@@ -10,7 +10,6 @@ and control. The teacher is minilm-l6 fine-tuned on builtin/verdicts, or with --
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import random
@@ -111,18 +110,13 @@ def compare(command: list[str], work: Path, kills: int, seed: int) -> dict[str, 
 
 def toy_teacher(work: Path) -> tuple[Path, list[str]]:
     """Fine-tune a tiny random encoder on sentences whose last word is their label."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from tiny import make_rows, make_task, save_encoder
+    tests = Path(__file__).parents[1] / "tests"
+    sys.path[:0] = [str(tests), str(tests / "cli")]
+    from workspace import write_data
 
-    task = make_task()
-    rows = make_rows(task, 600)
-    named = dict(zip(rows.texts[0], (task.labels[label] for label in rows.labels), strict=True))
-    lines = list(named.items())
-    data = work / "data"
-    data.mkdir(parents=True)
-    for name, part in (("train", lines[:240]), ("validation", lines[240:340])):
-        with (data / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([("text", "label"), *part])
+    from tiny import save_encoder
+
+    data = write_data(work / "data")
     encoder = save_encoder(work / "encoder", layers=4, width=24)
     dataset = ["--dataset", str(data)]
     rate = ["--set", "training.learning_rate=0.005", "--set", "training.epochs=4"]

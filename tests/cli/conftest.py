@@ -1,46 +1,13 @@
-"""A tiny encoder, tiny CSV files, and a teacher that was fine-tuned by the command line itself."""
+"""A teacher that was fine-tuned by the command line itself."""
 
-import csv
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+from workspace import FAST, Workspace, write_data
 
 from stillroom.cli import app
-from tiny import make_rows, make_task, save_encoder
-
-FAST = ("--set", "training.batch_size=16", "--set", "training.precision=float32")
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What the commands are tried on."""
-
-    data: Path
-    encoder: Path
-    teacher: Path
-    finetuned: dict[str, Any]
-    """What `finetune --json` printed."""
-
-
-def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("text", "label"), *rows])
-
-
-def write_data(folder: Path) -> Path:
-    """Write train.csv and validation.csv, which share no text."""
-    folder.mkdir()
-    task = make_task()
-    rows = make_rows(task, 600)
-    named = {text: task.labels[label] for text, label in zip(rows.texts[0], rows.labels, strict=True)}
-    lines = list(named.items())
-    write_csv(folder / "train.csv", lines[:240])
-    write_csv(folder / "validation.csv", lines[240:340])
-    return folder
+from tiny import save_encoder
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,8 @@ def execute(
         stopped: What to say after Ctrl-C.
     """
     console = Console(stderr=True)
+    # In a file or a pipe no line needs to be broken.
+    console.soft_wrap = not console.is_terminal
     debug = os.environ.get(DEBUG, "") not in ("", "0")
     try:
         with _quiet(debug), _stdout_to_stderr():
@@ -130,14 +132,15 @@ def execute(
     return result
 
 
-def show(*parts: Table | Text | str) -> None:
+def show(*parts: Table | str) -> None:
     """Print a result for people on standard output."""
     console = Console()
     if not console.is_terminal:
-        # In a file or a pipe no line needs to be broken.
+        # In a file or a pipe no table needs to be squeezed.
         console = Console(width=200)
     for part in parts:
-        console.print(part, markup=False, highlight=False)
+        # A command or a path that is to be copied must stay in one piece.
+        console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
 
 def table(columns: Mapping[str, str], title: str | None = None) -> Table:
@@ -164,7 +167,7 @@ def _fail(console: Console, message: str, code: int, *, as_json: bool, debug: bo
     if debug:
         traceback.print_exc()
     text = Text.assemble(("Error: " if code != 130 else "", "bold red"), message)
-    console.print(text, soft_wrap=not console.is_terminal)
+    console.print(text)
     if as_json:
         typer.echo(json.dumps({"error": message}))
     raise typer.Exit(code) from None

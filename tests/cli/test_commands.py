@@ -1,0 +1,279 @@
+"""The commands end to end on tiny files: what they print, write and refuse."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+from workspace import FAST, Workspace
+
+from stillroom import Recipe, distill
+from stillroom.cli import app
+from stillroom.methods import METHODS
+
+COSTS = {"parameters", "non_embedding_parameters", "bytes", "ms_per_example"}
+TRAIN = {
+    "seconds",
+    "steps",
+    "examples",
+    "tokens",
+    "examples_per_second",
+    "tokens_per_second",
+    "peak_rss_bytes",
+}
+
+
+def run(*arguments: str | Path, code: int = 0) -> Any:
+    """Return a command's outcome, which has to end with `code`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.stderr
+    return result
+
+
+def distil(work: Workspace, output: Path, *more: str) -> list[str]:
+    command = ["distill", "--teacher", str(work.teacher), "--dataset", str(work.data)]
+    return [
+        *command,
+        "-o",
+        str(output),
+        "--student",
+        "layers:2,4",
+        "--set",
+        "training.epochs=1",
+        *FAST,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def distilled(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A run with its control, and what the command printed."""
+    root = tmp_path_factory.mktemp("distilled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STILLROOM_CACHE", str(root / "cache"))
+        return root / "run", run(*distil(workspace, root / "run", "--control", "--json"))
+
+
+def test_finetune_makes_a_teacher(workspace: Workspace) -> None:
+    found = workspace.finetuned
+    assert found == json.loads((workspace.teacher / "metrics.json").read_text())
+    assert found["model"].keys() == COSTS | {"metrics"}
+    assert found["model"]["metrics"]["accuracy"] > 0.9
+    assert found["train"].keys() == TRAIN
+    assert found["train"]["steps"] == 60 and found["train"]["examples"] == 4 * 240
+    assert found["model"]["bytes"] == (workspace.teacher / "model.safetensors").stat().st_size
+
+
+def test_distill_prints_its_metrics_as_one_object(distilled: tuple[Path, Any]) -> None:
+    folder, result = distilled
+    found = json.loads(result.stdout)
+    assert found == json.loads((folder / "metrics.json").read_text())
+    assert {"teacher", "student", "control", "retained", "train", "environment"} <= found.keys()
+    for name in ("teacher", "student", "control"):
+        assert found[name].keys() == COSTS | {"metrics"}
+        assert found[name]["ms_per_example"] > 0
+    assert found["train"].keys() == TRAIN
+    assert found["train"]["examples"] == 240 and found["train"]["steps"] == 15
+    share = found["student"]["metrics"]["accuracy"] / found["teacher"]["metrics"]["accuracy"]
+    assert found["retained"] == pytest.approx(share)
+    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    assert found["student"]["parameters"] == found["control"]["parameters"]
+
+
+def test_distill_table_shows_what_metrics_say(workspace: Workspace, tmp_path: Path) -> None:
+    result = run(*distil(workspace, tmp_path / "run", "--control", "--method", "kd"))
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    rows = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert [row.split()[1] for row in rows] == ["teacher", "control", "student"]
+    for row in rows:
+        model = found[row.split()[1]]
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        kept = model["metrics"]["accuracy"] / found["teacher"]["metrics"]["accuracy"]
+        assert cells[1] == f"{model['metrics']['accuracy']:.4f}"
+        assert f"{kept:.1%}" in cells
+        assert f"{model['bytes'] / 1e6:.1f}" in cells
+        assert f"{model['ms_per_example']:.2f}" in cells
+    assert str(tmp_path / "run" / "student") in result.stdout
+    assert str(tmp_path / "run" / "metrics.json") in result.stdout
+
+
+def test_the_next_command_runs(workspace: Workspace, tmp_path: Path) -> None:
+    """What `distill` proposes is a command that works as it stands, with the data as it was read."""
+    command = distil(workspace, tmp_path / "a run", "--method", "none", "--set", "dataset.max_length=16")
+    result = run(*command)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("Next: ")]
+    assert "dataset.max_length=16" in line
+    found = json.loads(run(*shlex.split(line)[2:], "--json").stdout)
+    metrics = json.loads((tmp_path / "a run" / "metrics.json").read_text())
+    assert [model["metrics"] for model in found["models"]] == [
+        metrics["teacher"]["metrics"],
+        metrics["student"]["metrics"],
+    ]
+
+
+def test_evaluate_compares_each_model_with_the_first(
+    workspace: Workspace, distilled: tuple[Path, Any]
+) -> None:
+    folder = distilled[0]
+    models = (workspace.teacher, folder, folder / "control")
+    found = json.loads(run("evaluate", *models, "--dataset", workspace.data, "--json").stdout)
+    assert (found["split"], found["rows"], found["metric"]) == ("validation", 100, "accuracy")
+    assert "against_first" not in found["models"][0]
+    first, *others = found["models"]
+    for model in others:
+        for name, against in model["against_first"]["metrics"].items():
+            assert against["value"] == pytest.approx(model["metrics"][name] - first["metrics"][name])
+            assert against["low"] <= against["value"] <= against["high"]
+        test = model["against_first"]["mcnemar"]
+        assert (test["only_b"] - test["only_a"]) / 100 == pytest.approx(
+            model["against_first"]["metrics"]["accuracy"]["value"]
+        )
+    text = run("evaluate", *models, "--dataset", workspace.data).stdout
+    assert "accuracy difference" in text and text.count("[") == 2 * len(first["metrics"])
+
+
+def test_evaluate_reads_another_split(workspace: Workspace) -> None:
+    command = ("evaluate", workspace.teacher, "--dataset", workspace.data, "--json")
+    assert json.loads(run(*command, "--split", "train").stdout)["rows"] == 240
+    assert "error" in json.loads(run(*command, "--split", "tset", code=2).stdout)
+
+
+def test_the_saved_recipe_makes_the_same_student(distilled: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = distilled
+    run("distill", folder / "recipe.yaml", "-o", tmp_path / "again", "--no-control")
+    again = (tmp_path / "again" / "student" / "model.safetensors").read_bytes()
+    assert again == (folder / "student" / "model.safetensors").read_bytes()
+    assert not (tmp_path / "again" / "control").exists()
+
+
+def test_python_and_command_line_make_the_same_student(
+    workspace: Workspace, distilled: tuple[Path, Any], tmp_path: Path
+) -> None:
+    recipe = Recipe.load(
+        teacher=str(workspace.teacher),
+        dataset=str(workspace.data),
+        student="layers:2,4",
+        overrides=["training.epochs=1", *FAST[1::2]],
+    )
+    distill(recipe, tmp_path / "run")
+    ours = (tmp_path / "run" / "student" / "model.safetensors").read_bytes()
+    assert ours == (distilled[0] / "student" / "model.safetensors").read_bytes()
+
+
+def test_seed_is_the_recipes(workspace: Workspace, tmp_path: Path) -> None:
+    run(*distil(workspace, tmp_path / "run", "--seed", "7", "--method", "none"))
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml").training.seed == 7
+
+
+def test_options_beside_a_recipe_take_precedence(workspace: Workspace, tmp_path: Path) -> None:
+    """A name given beside a recipe keeps how the data is read; another method drops options."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"teacher: {workspace.teacher}\nstudent: layers:4\n"
+        "dataset: {name: elsewhere, max_length: 24}\nmethod: {name: lrc-bert, alpha: 2}\n"
+    )
+    more = ("--dataset", str(workspace.data), "--method", "none", "--set", "training.epochs=1")
+    run("distill", recipe, "-o", tmp_path / "run", *more)
+    saved = Recipe.load(tmp_path / "run" / "recipe.yaml")
+    assert (saved.dataset.name, saved.dataset.max_length) == (str(workspace.data), 24)
+    assert (saved.method.name, saved.method.options, saved.student) == ("none", {}, "layers:4")
+
+
+def test_dry_run_writes_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = run(*distil(workspace, tmp_path / "run", "--dry-run"))
+    assert "steps" in result.stdout
+    found = json.loads(run(*distil(workspace, tmp_path / "run", "--dry-run", "--json")).stdout)
+    assert found["steps"] == 15
+    # The token cache is kept: it is no part of the run, and saves its time later.
+    after = sorted(path.name for path in tmp_path.iterdir())
+    assert set(after) - set(before) <= {"cache"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainin.epochs=3", "Unknown key trainin. Did you mean training?"),
+        ("training.epoch=3", "Unknown key training.epoch. Did you mean epochs?"),
+        ("method.temprature=3", "Unknown key method.temprature. Did you mean temperature?"),
+        ("dataset.max_len=3", "Unknown key dataset.max_len. Did you mean max_length?"),
+        ("training.epochs=many", "training.epochs"),
+        ("training.epochs", "Expected `--set key=value`"),
+    ],
+)
+def test_a_wrong_key_names_the_nearest(
+    workspace: Workspace, tmp_path: Path, override: str, message: str
+) -> None:
+    result = run(*distil(workspace, tmp_path / "run", "--set", override), code=2)
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_input_is_2_and_nothing_is_lost(
+    workspace: Workspace, distilled: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder, _ = distilled
+    before = (folder / "student" / "model.safetensors").read_bytes()
+    assert "new or empty" in run(*distil(workspace, folder), code=2).stderr
+    assert (folder / "student" / "model.safetensors").read_bytes() == before
+    assert "no run to resume" in run("distill", "--resume", tmp_path, code=2).stderr
+    assert "expected --resume alone" in run("distill", "--resume", folder, "--seed", "1", code=2).stderr
+    assert "Missing key dataset" in run("distill", "-o", tmp_path / "x", "--teacher", "t", code=2).stderr
+    assert "-o RUN" in run("distill", "--teacher", "t", "--dataset", "d", code=2).stderr
+    assert "recipe file" in run("distill", tmp_path / "no.yaml", "-o", tmp_path / "x", code=2).stderr
+    assert "No such option" in run("distill", "--teachr", "t", code=2).stderr
+    missing = ("evaluate", "./none", "--dataset", workspace.data)
+    assert "./none" in run(*missing, code=2).stderr
+    wrong = run(
+        "evaluate", workspace.teacher, "--dataset", workspace.data, "--set", "training.seed=1", code=2
+    )
+    assert "only keys of dataset" in wrong.stderr
+
+
+def test_a_run_that_fails_is_1(workspace: Workspace, tmp_path: Path) -> None:
+    """A loss that is not finite stops the run: exit code 1, as JSON too."""
+    wild = ("--set", "training.learning_rate=1e30", "--json")
+    result = run(*distil(workspace, tmp_path / "run", *wild), code=1)
+    assert "finite" in json.loads(result.stdout)["error"]
+
+
+def test_methods_lists_and_shows(tmp_path: Path) -> None:
+    found = json.loads(run("methods", "--json").stdout)["methods"]
+    assert {method["name"] for method in found} >= {"lrc-bert", "kd", "none"}
+    text = run("methods").stdout
+    assert all(method["name"] in text and method["paper"] in text for method in found)
+    one = json.loads(run("methods", "lrc-bert", "--json").stdout)
+    assert one["card"] == "docs/methods/lrc-bert.md"
+    assert one["options"]["gamma"] == {
+        "values": "number >= 0",
+        "default": 3.0,
+        "meaning": "Weight of the hard labels, in the second stage.",
+    }
+    assert one["options"]["vector"]["values"] == "token | cls | mean"
+    assert one["training"]["batch_size"] == 16
+    text = run("methods", "lrc-bert").stdout
+    assert "method.switch" in text and "arXiv 2012.07335" in text
+    assert "Did you mean lrc-bert?" in run("methods", "lcr-bert", code=2).stderr
+    assert "no options" in run("methods", "none").stdout
+
+
+def test_every_method_can_be_shown() -> None:
+    for name in METHODS:
+        found = json.loads(run("methods", name, "--json").stdout)
+        assert all(option["meaning"] and option["values"] for option in found["options"].values())
+
+
+def test_datasets_lists(tmp_path: Path) -> None:
+    found = {row["name"]: row for row in json.loads(run("datasets", "--json").stdout)["datasets"]}
+    assert {"glue/cola", "glue/stsb", "glue/mnli", "builtin/verdicts"} <= found.keys()
+    assert found["builtin/verdicts"]["here"] and not found["glue/cola"]["here"]
+    text = run("datasets").stdout
+    assert all(name in text for name in found)
+
+
+def test_data_dir_is_where_glue_is_looked_for(workspace: Workspace, tmp_path: Path) -> None:
+    command = ("evaluate", workspace.teacher, "--dataset", "glue/cola", "--data-dir", tmp_path)
+    assert str(tmp_path / "glue" / "cola" / "validation.parquet") in run(*command, code=2).stderr
