@@ -1,0 +1,235 @@
+"""What every method must do: one row per registered method and set of options.
+
+A new method needs a row here and no new test.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification
+
+from stillroom.data.batching import Batch, Inputs
+from stillroom.encoder import Encoder, Needs, weights_hash
+from stillroom.errors import WrongInput
+from stillroom.methods import METHODS
+from stillroom.methods.base import Stage
+from stillroom.training import checkpoint
+from stillroom.training.distiller import Distiller
+from stillroom.training.loop import Job, train
+from tiny import make_batch_of, make_job
+
+QUIET = Console(quiet=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with options, and what is known not to hold for it."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    no_head: bool = False
+    """The classification head is never trained: no term reads the logits."""
+    refuses: tuple[str, ...] = ()
+    """Kinds of labels that it refuses."""
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.method}({options})".replace(" ", "")
+
+
+BANK = {"negatives": "bank", "bank_negatives": 4}
+NO_CLASSES = ("regression", "multi-label")
+
+TABLE = [
+    Row("none"),
+    Row("kd"),
+    Row("kd", {"soft_weight": 1.0, "temperature": 1.0}),
+    Row("lrc-bert"),
+    Row("lrc-bert", {"vector": "cls", "projection": "shared"}),
+    Row("lrc-bert", {"vector": "mean", "perturbation": "second"}),
+    Row("lrc-bert", {"perturbation_norm": "tensor", "epsilon": 0.1, "layer_map": (1, 4)}),
+    Row("lrc-bert", {"label_aware": True}, refuses=NO_CLASSES),
+    Row("lrc-bert", {"label_aware": True, "vector": "cls"}, refuses=NO_CLASSES),
+    Row("lrc-bert", {"vector": "cls", **BANK}),
+    Row("lrc-bert", {"vector": "mean", "label_aware": True, **BANK}, refuses=NO_CLASSES),
+    Row("lrc-bert", {"switch": 0.0, "perturbation": "off"}),
+    Row("lrc-bert", {"switch": 1.0}, no_head=True),
+    Row("lrc-bert", {"alpha": 0.0}),
+    Row("lrc-bert", {"beta": 0.0}),
+    Row("lrc-bert", {"gamma": 0.0}),
+    Row("lrc-bert", {"beta": 0.0, "gamma": 0.0}, no_head=True),
+]
+FAMILY_ROWS = [Row("none"), Row("kd"), Row("lrc-bert"), Row("lrc-bert", {"vector": "mean", **BANK})]
+FAMILIES = ("roberta", "distilbert", "electra", "modernbert", "mpnet", "deberta-v2", "xlm-roberta")
+
+EVERY = [(row, "bert") for row in TABLE] + [(row, name) for name in FAMILIES for row in FAMILY_ROWS]
+every_row = pytest.mark.parametrize(("row", "family"), EVERY, ids=str)
+bert_rows = pytest.mark.parametrize("row", TABLE, ids=str)
+
+
+def job_of(folder: Path, row: Row, family: str = "bert", **given: Any) -> Job:
+    return make_job(folder, method=row.method, options=row.options, family=family, **given)
+
+
+def distiller_of(job: Job) -> tuple[Distiller, Batch]:
+    """Return the distiller without dropout, and a batch of all rows."""
+    return Distiller(job.student, job.plan, bf16=False).eval(), make_batch_of(job.rows, job.student)
+
+
+def loss_of(job: Job, distiller: Distiller, batch: Batch, stage: Stage) -> torch.Tensor:
+    teacher = job.teacher and job.teacher(batch, job.plan.teacher_needs(stage))
+    # Negatives that are drawn are drawn alike.
+    torch.manual_seed(0)
+    return distiller(batch, teacher, stage).total
+
+
+def test_every_method_has_a_row() -> None:
+    assert {row.method for row in TABLE} == set(METHODS)
+
+
+@every_row
+def test_one_step_moves_the_student_and_not_the_teacher(tmp_path: Path, row: Row, family: str) -> None:
+    job = job_of(tmp_path, row, family, count=8, epochs=1)
+    teacher = job.teacher and weights_hash(job.teacher.module)
+    before = {name: value.clone() for name, value in job.student.model.state_dict().items()}
+    assert train(job, QUIET).steps == 1
+    after = job.student.model.state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    assert all(torch.isfinite(value).all() for value in after.values())
+    if job.teacher is not None:
+        assert weights_hash(job.teacher.module) == teacher
+        assert all(p.grad is None for p in job.teacher.module.parameters())
+
+
+def is_head(model: Encoder, name: str) -> bool:
+    """Whether a weight comes after the last hidden state: the classifier, and a pooler before it."""
+    return not name.startswith(f"{model.model.base_model_prefix}.") or ".pooler." in name
+
+
+@every_row
+def test_every_trainable_parameter_gets_a_gradient_over_the_stages(
+    tmp_path: Path, row: Row, family: str
+) -> None:
+    job = job_of(tmp_path, row, family)
+    distiller, batch = distiller_of(job)
+    reached: dict[str, int] = {}
+    for number, stage in enumerate(job.plan.stages):
+        distiller.zero_grad()
+        loss_of(job, distiller, batch, stage).backward()
+        for name, parameter in distiller.named_parameters():
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                reached.setdefault(name, number)
+    parameters = dict(distiller.named_parameters())
+    assert all(p.requires_grad for p in parameters.values())
+    prefix = "student.model."
+    heads = {n for n in parameters if n.startswith(prefix) and is_head(job.student, n[len(prefix) :])}
+    assert heads
+    assert parameters.keys() - reached.keys() == (heads if row.no_head else set())
+    if not row.no_head:
+        assert {reached[name] for name in heads} == {len(job.plan.stages) - 1}
+
+
+@every_row
+def test_same_seed_gives_the_same_loss(tmp_path: Path, row: Row, family: str) -> None:
+    losses = []
+    for _ in range(2):
+        job = job_of(tmp_path, row, family)
+        distiller, batch = distiller_of(job)
+        losses.append([loss_of(job, distiller, batch, stage).item() for stage in job.plan.stages])
+    assert losses[0] == losses[1]
+    assert all(np.isfinite(losses[0])) and min(losses[0]) > 0
+
+
+def with_other_padding(inputs: Inputs) -> Inputs:
+    """Return the inputs with other tokens where the mask is 0, and with three columns more of them."""
+    ids, mask, types = (
+        None if x is None else torch.nn.functional.pad(x, (0, 3))
+        for x in (inputs.input_ids, inputs.attention_mask, inputs.token_type_ids)
+    )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(5, 20, ids.shape, generator=generator)
+    return Inputs(torch.where(mask == 1, ids, noise), mask, types)
+
+
+@every_row
+def test_content_of_padding_changes_nothing(tmp_path: Path, row: Row, family: str) -> None:
+    losses = []
+    for padding in (False, True):
+        job = job_of(tmp_path, row, family)
+        distiller, batch = distiller_of(job)
+        if padding:
+            inputs = with_other_padding(batch.student)
+            batch = replace(batch, student=inputs, teacher=inputs)
+        losses.append([loss_of(job, distiller, batch, stage).item() for stage in job.plan.stages])
+    # Losses near zero are differences of numbers near one.
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4, abs=1e-6)
+
+
+@bert_rows
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("kind", ["classification", "regression", "multi-label"])
+def test_every_kind_of_task_runs_or_is_refused_with_a_reason(
+    tmp_path: Path, row: Row, kind: Any, pair: bool
+) -> None:
+    given = {"kind": kind, "pair": pair, "count": 16, "epochs": 2, "checkpoint_every": 1000}
+    if kind in row.refuses:
+        with pytest.raises(WrongInput, match=f"method\\..* {kind}"):
+            job_of(tmp_path, row, **given)
+        return
+    job = job_of(tmp_path, row, **given)
+    assert train(job, QUIET).steps == 4
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    stages = {line["stage"] for line in lines if "loss" in line}
+    assert stages == set(range(1, len(job.plan.stages) + 1))
+
+
+@every_row
+def test_saved_student_is_a_plain_model_of_the_same_logits(tmp_path: Path, row: Row, family: str) -> None:
+    job = job_of(tmp_path, row, family, count=8, epochs=1)
+    train(job, QUIET)
+    plain_names = set(job.student.model.state_dict())
+    job.student.save(tmp_path / "student")
+    with safe_open(tmp_path / "student" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == plain_names
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    inputs = make_batch_of(job.rows, job.student).student
+    with torch.no_grad():
+        want = job.student(inputs, Needs(logits=True)).logits
+        found = Encoder(loaded.eval(), job.student.tokenizer)(inputs, Needs(logits=True)).logits
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+
+
+def stop_after(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    left = [calls]
+
+    def stopper(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return found
+
+    return stopper
+
+
+@bert_rows
+def test_stop_and_resume_is_the_uninterrupted_run(
+    tmp_path: Path, row: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"count": 16, "epochs": 2, "checkpoint_every": 1}
+    whole = job_of(tmp_path / "whole", row, **given)
+    train(whole, QUIET)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", stop_after(checkpoint.save, 3))
+        train(job_of(tmp_path / "parts", row, **given), QUIET)
+    rest = job_of(tmp_path / "parts", row, **given)
+    train(rest, QUIET)
+    assert weights_hash(rest.student.model) == weights_hash(whole.student.model)
