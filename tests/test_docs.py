@@ -1,0 +1,86 @@
+"""What the documents say holds: links lead somewhere, keys and options exist, the README's code runs."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click import Context
+from pydantic import BaseModel
+from typer.main import get_command
+
+from cli.workspace import write_data
+from stillroom.cli import app
+from stillroom.methods import METHODS
+from stillroom.recipe import Recipe
+from tiny import save_encoder
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", "required" if info.is_required() else repr(info.default)
+
+
+def test_recipe_page_lists_every_key_with_its_default() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \|", (ROOT / "docs/recipe.md").read_text(), re.MULTILINE)
+    assert dict(rows) == dict(keys(Recipe))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_card_names_every_option(name: str) -> None:
+    card = (ROOT / f"docs/methods/{name}.md").read_text(encoding="utf-8")
+    missing = [option for option in METHODS[name].settings.model_fields if f"`{option}`" not in card]
+    assert not missing
+    assert METHODS[name].status in card.lower() or METHODS[name].status in card
+
+
+def test_readme_lists_every_method_with_its_status() -> None:
+    for method in METHODS.values():
+        row = next(line for line in README.splitlines() if line.startswith(f"| [`{method.name}`]"))
+        assert f"docs/methods/{method.name}.md" in row
+        assert method.status in row
+        assert method.paper in row
+
+
+def test_readme_commands_are_commands() -> None:
+    """A renamed option would leave the newcomer with a line that fails."""
+    group = get_command(app)
+    lines = README.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("stillroom ")]
+    assert {command[0] for command in commands} >= {"finetune", "distill", "evaluate"}
+    for name, *arguments in commands:
+        command = group.commands[name]  # type: ignore[attr-defined]
+        command.make_context(name, arguments, parent=Context(group))
+
+
+@pytest.mark.slow
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The README's example as it stands, with a tiny encoder and toy rows for the real ones."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    rows = write_data(tmp_path / "rows")
+    model = save_encoder(tmp_path / "encoder", layers=6)
+    monkeypatch.chdir(tmp_path)
+    text = code[1].replace('"minilm-l6"', repr(str(model))).replace('"builtin/verdicts"', repr(str(rows)))
+    assert str(model) in text and str(rows) in text
+    # The tiny teacher needs a larger rate to solve its task in three epochs.
+    text = text.replace(f"dataset={str(rows)!r})", f"dataset={str(rows)!r}, overrides=RATE)", 1)
+    exec(compile(text, "README.md", "exec"), {"RATE": ["training.learning_rate=0.01"]})
+    assert "of the teacher is kept" in capsys.readouterr().out
+    assert (tmp_path / "runs/student/student/model.safetensors").exists()
