@@ -4,7 +4,7 @@
     python benchmarks/results.py --work runs/results --table > docs/results.json
 
 Teacher: minilm-l6 fine-tuned on each task. Student: its layers 2, 4, 6. Learning rates are tuned on a
-fold of CoLA's training rows, for each method; the validation split is used only to report. Nothing is
+fold of SST-2's training rows, for each method; the validation split is used only to report. Nothing is
 selected on it: the student is that of the last step. Runs that are done are skipped, so that a killed
 measurement goes on where it stopped.
 """
@@ -20,6 +20,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
 
 SEEDS = (0, 1, 2)
 RATES = (5e-5, 1e-4, 3e-4)
@@ -56,7 +59,7 @@ TASKS = {
     "stsb": Plan(teacher_epochs=3, epochs=1, ablate=True),
 }
 BATCH_SIZE = 16
-FOLD_EPOCHS = 1
+FOLD = Plan(teacher_epochs=2, epochs=1)
 TEACHER_RATES = (5e-5, 1e-4)
 
 
@@ -134,16 +137,14 @@ def student_run(
 
 
 def make_fold(work: Path, data_dir: Path) -> Path:
-    """Write CoLA's training rows as two files: every fifth row is the fold to tune on."""
-    import pyarrow.parquet as pq
-
+    """Write 10,000 of SST-2's training rows as two files: every fifth is the fold to tune on."""
     folder = work / "tuning" / "fold"
     folder.mkdir(parents=True, exist_ok=True)
-    table = pq.read_table(data_dir / "glue" / "cola" / "train.parquet")
-    rows = range(table.num_rows)
-    for name, keep in (("train", 1), ("validation", 0)):
-        chosen = [i for i in rows if (i % 5 != 0) == bool(keep)]
-        pq.write_table(table.take(chosen).select(["sentence", "label"]), folder / f"{name}.parquet")
+    table = pq.read_table(data_dir / "glue" / "sst2" / "train.parquet").select(["sentence", "label"])
+    drawn = np.random.default_rng(1).choice(table.num_rows, 10_000, replace=False)
+    for name, chosen in (("train", np.arange(10_000) % 5 != 0), ("validation", np.arange(10_000) % 5 == 0)):
+        if not (folder / f"{name}.parquet").exists():
+            pq.write_table(table.take(drawn[chosen]), folder / f"{name}.parquet")
     return folder
 
 
@@ -151,8 +152,7 @@ def fold_teachers(work: Path, data_dir: Path) -> dict[float, Run]:
     """Return a teacher of the fold for each learning rate."""
     data = ["--dataset", str(make_fold(work, data_dir))]
     return {
-        rate: teacher_run(work / "tuning" / f"teacher-{rate:g}", data, TASKS["cola"], rate)
-        for rate in TEACHER_RATES
+        rate: teacher_run(work / "tuning" / f"teacher-{rate:g}", data, FOLD, rate) for rate in TEACHER_RATES
     }
 
 
@@ -170,11 +170,11 @@ def tuning(work: Path, data_dir: Path, teacher: Run) -> list[tuple[str, float, R
             name,
             rate,
             student_run(
-                work / "tuning" / "cola" / f"{name}-{rate:g}",
+                work / "tuning" / f"{name}-{rate:g}",
                 teacher.folder,
                 data,
                 method,
-                epochs=FOLD_EPOCHS,
+                epochs=FOLD.epochs,
                 rate=rate,
                 seed=0,
             ),
@@ -189,7 +189,7 @@ def read(folder: Path) -> dict:
 
 
 def fold_score(run: Run) -> float:
-    """The fold is read as the user's own file, whose first metric is accuracy."""
+    """Return accuracy, the first metric of a file of one's own."""
     return read(run.folder)["student"]["metrics"]["accuracy"]
 
 
