@@ -1,13 +1,11 @@
 """The whole path: recipe to data, teacher, method, loop, student, evaluation, `metrics.json`."""
 
 import contextlib
-import platform
 import resource
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from stillroom import durable, encoder, methods, preflight, student
+from stillroom import durable, encoder, methods, preflight, provenance, student
 from stillroom.data import sources
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import TokenisedRows, Tokens, fingerprint, tokenise
@@ -25,6 +23,7 @@ from stillroom.evaluation import cost
 from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predict import predict
 from stillroom.methods.base import Context, Plan
+from stillroom.provenance import environment
 from stillroom.recipe import FinetuneRecipe, MethodSettings, Recipe
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.loop import CHECKPOINTS, Job, Trained, train, use_bf16
@@ -86,7 +85,17 @@ def distill(
         checked = preflight.check(parts.to_check(recipe, folder), console)
         if dry_run:
             return checked
-        recipe.save(folder / RECIPE)
+        inputs = provenance.inputs_of(parts.dataset, parts.teacher, parts.student, parts.tokens)
+        machine = environment(bf16=parts.bf16)
+        if resume:
+            provenance.require_same(folder, inputs, machine, console)
+        else:
+            provenance.save(folder, inputs, machine)
+            # Spelt out, so that it stays what it is on a machine without bf16.
+            precision = {"precision": machine["precision"]}
+            training = recipe.training.model_copy(update=precision)
+            recipe = recipe.model_copy(update={"training": training})
+            recipe.save(folder / RECIPE)
         trained = parts.train(recipe, folder, console)
         control = None
         if recipe.control:
@@ -162,7 +171,7 @@ def finetune(
         metrics = {
             "model": {"metrics": found, **cost.of(model, folder, ms[0])},
             "train": _training(trained),
-            "environment": _environment(bf16),
+            "environment": environment(bf16=bf16),
         }
         durable.write_json(folder / METRICS, metrics)
         return metrics
@@ -305,7 +314,7 @@ def _measure(
     metrics["metric"] = first
     metrics["selected_step"] = trained.best_step or trained.steps
     metrics["train"] = _training(trained)
-    metrics["environment"] = _environment(parts.bf16)
+    metrics["environment"] = environment(bf16=parts.bf16)
     return metrics
 
 
@@ -321,26 +330,3 @@ def _training(trained: Trained) -> dict[str, Any]:
         # Linux counts in KiB, macOS in bytes.
         "peak_rss_bytes": peak if sys.platform == "darwin" else 1024 * peak,
     }
-
-
-def _environment(bf16: bool) -> dict[str, Any]:
-    packages = ("stillroom", "torch", "transformers", "accelerate", "tokenizers")
-    return {
-        "machine": platform.platform(),
-        "processor": _processor(),
-        "device": str(Accelerator().device),
-        "threads": torch.get_num_threads(),
-        "precision": "bf16" if bf16 else "float32",
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
-
-
-def _processor() -> str:
-    """Return the processor's name; `platform` knows none on Linux."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

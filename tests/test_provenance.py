@@ -1,0 +1,96 @@
+"""A resumed run is the run that was started: same teacher, same rows, same precision."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from stillroom import provenance, run
+from stillroom.data.tasks import Dataset
+from stillroom.errors import WrongInput
+from stillroom.recipe import DatasetSettings, Recipe
+from tiny import make_dataset, make_teacher
+
+
+def give(monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> None:
+    monkeypatch.setattr(run.sources, "load", lambda settings, splits=(): dataset)
+
+
+@pytest.fixture
+def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was carried to its end."""
+    give(monkeypatch, make_dataset())
+    make_teacher().save(tmp_path / "teacher")
+    recipe = Recipe.load(
+        teacher=str(tmp_path / "teacher"),
+        dataset=DatasetSettings(name="toy", max_length=32).model_dump(),
+        student="2x16x2x32",
+        method="kd",
+        training={"epochs": 1, "batch_size": 8},
+    )
+    run.distill(recipe, tmp_path / "run", console=Console(quiet=True))
+    return tmp_path / "run"
+
+
+def resume(folder: Path) -> str:
+    """Resume a run and return what it printed."""
+    printed = io.StringIO()
+    run.distill(None, folder, resume=True, console=Console(file=printed, width=400))
+    return printed.getvalue()
+
+
+def test_the_same_inputs_go_on_without_a_warning(done: Path) -> None:
+    before = (done / "student" / "model.safetensors").read_bytes()
+    assert "Warning" not in resume(done)
+    assert (done / "student" / "model.safetensors").read_bytes() == before
+
+
+def test_another_teacher_is_refused(done: Path) -> None:
+    """The teacher's folder was trained anew meanwhile: half the run would learn from each."""
+    teacher = make_teacher()
+    with torch.no_grad():
+        next(teacher.parameters()).add_(1e-3)
+    teacher.save(done.parent / "teacher")
+    with pytest.raises(
+        WrongInput, match=r"The teacher changed since this run started: SHA-256 \w{12} then"
+    ):
+        resume(done)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("part", ["text", "label"])
+def test_another_row_is_refused(done: Path, monkeypatch: pytest.MonkeyPatch, split: str, part: str) -> None:
+    dataset = make_dataset()
+    rows = dataset.splits[split]
+    if part == "text":
+        rows.texts[0][3] += " quite good"
+    else:
+        rows.labels[3] = 1 - rows.labels[3]
+    give(monkeypatch, dataset)
+    with pytest.raises(WrongInput, match=f"The {split} rows changed"):
+        resume(done)
+
+
+def test_other_threads_only_warn(done: Path) -> None:
+    path = done / provenance.INPUTS
+    found = json.loads(path.read_text())
+    found["environment"]["threads"] = 99
+    path.write_text(json.dumps(found))
+    assert "threads: 99 then" in resume(done)
+
+
+def test_unreadable_inputs_are_refused(done: Path) -> None:
+    (done / provenance.INPUTS).write_text("{")
+    with pytest.raises(WrongInput, match=r"inputs\.json cannot be read"):
+        resume(done)
+
+
+def test_automatic_precision_is_spelt_out(done: Path) -> None:
+    """`auto` in a saved recipe would be another run on a machine without bf16."""
+    saved = yaml.safe_load((done / run.RECIPE).read_text())["training"]["precision"]
+    assert saved == json.loads((done / run.METRICS).read_text())["environment"]["precision"]
+    assert saved != "auto"
