@@ -310,3 +310,17 @@ def test_options_reach_the_plan_as_the_method_reads_them() -> None:
     plan = methods.build(given, Context("classification", 2, 8, 2, 4, 4, 4))
     assert plan.stages[0].weights == {"cos_nce": 0.5}
     assert plan.terms["cos_nce"].teacher_layers == (2, 4)
+
+
+@pytest.mark.parametrize("text", ["off", "on", "yes", "no", "truely", "3e", "1.2.3"])
+def test_words_stay_words(text: str) -> None:
+    """YAML 1.1 reads `off` as false, so that `method.perturbation=off` would be no valid value."""
+    recipe = Recipe.load(teacher="t", dataset="glue/cola", overrides=[f"student={text}"])
+    assert recipe.student == text
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", ".0001", "0.0001"])
+def test_numbers_in_files_are_numbers(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"teacher: t\ndataset: glue/cola\nmethod: {{name: kd, temperature: {text}}}\n")
+    assert Recipe.load(path).method.options == {"temperature": 1e-4}

@@ -1,6 +1,7 @@
 """What a run is: typed settings, read from YAML and from `a.b=c`, refused where misspelt."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -184,10 +185,31 @@ class FinetuneRecipe(_RecipeFile):
     """A pretrained encoder: a local folder, a hub id, or `minilm-l6`."""
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML as version 1.2 reads it: `off` is a word, and 1e-4 is a number."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a YAML file's mapping, or raise `WrongInput` naming the file and line."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
     except FileNotFoundError:
         raise WrongInput(f"Expected a recipe file, found nothing at {path}.") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -211,10 +233,7 @@ def set_value(values: dict[str, Any], override: str) -> None:
             raise WrongInput(f"--set {override}: {section} is a single value, it has no {name}.")
         values = inner
     try:
-        values[name] = yaml.safe_load(text)
-        if isinstance(values[name], str):
-            # YAML 1.1 reads 1e-4 as text; a person means the number.
-            values[name] = _number_or_text(values[name])
+        values[name] = yaml.load(text, Loader=_Yaml)
     except yaml.YAMLError as error:
         raise WrongInput(f"--set {override}: the value is not YAML: {error}") from None
 
@@ -255,10 +274,3 @@ def _section_model(model: type[BaseModel], name: str) -> type[BaseModel]:
     annotation = model.model_fields[name].annotation
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-
-
-def _number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
