@@ -1,7 +1,8 @@
 """Measure LRC-BERT, plain distillation and no teacher on GLUE: every figure of docs/results.md.
 
     python benchmarks/results.py --data-dir ../shared/data --work runs/results
-    python benchmarks/results.py --work runs/results --table > docs/results.json
+    python benchmarks/results.py --work runs/results --json > benchmarks/results.json
+    python benchmarks/results.py --markdown          the tables of docs/results.md, from that file
 
 Teacher: minilm-l6 fine-tuned on each task. Student: its layers 2, 4, 6. Learning rates are tuned on a
 fold of SST-2's training rows, for each method; the validation split is used only to report. Nothing is
@@ -191,9 +192,9 @@ def tuned_rates(runs: list[tuple[str, float, Run]]) -> dict[str, float]:
 
 
 def grid(work: Path, data_dir: Path, rates: dict[str, float]) -> Iterator[tuple[str, str, int, Run]]:
-    """Yield task, variant, seed and run: the three methods first, then the ablations."""
-    for variants, ablation in ((METHODS, False), (ABLATIONS, True)):
-        for seed in SEEDS:
+    """Yield task, variant, seed and run: a seed's methods and its ablations, then the next seed's."""
+    for seed in SEEDS:
+        for variants, ablation in ((METHODS, False), (ABLATIONS, True)):
             for task, plan in TASKS.items():
                 if ablation and not plan.ablate:
                     continue
@@ -250,15 +251,51 @@ def table(work: Path, data_dir: Path) -> dict:
     return found
 
 
+def markdown(found: dict) -> str:
+    """Return the tables of docs/results.md."""
+    lines = ["| task (metric) | teacher | " + " | ".join(METHODS) + " | kept: " + ", ".join(METHODS) + " |"]
+    lines.append("|---|---|" + "---|" * (len(METHODS) + 1))
+    for task, entry in found["tasks"].items():
+        metric = entry["metric"]
+        students = [entry["students"].get(name) for name in METHODS]
+        kept = ", ".join("-" if student is None else f"{student['retained']:.1%}" for student in students)
+        cells = [f"{task} ({metric})", f"{100 * entry['teacher']['metrics'][metric]:.1f}"]
+        lines.append("| " + " | ".join([*cells, *map(cell, students), kept]) + " |")
+    tasks = [task for task in found["tasks"] if TASKS[task].ablate]
+    lines += ["", "| variant | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
+    for name in ["lrc-bert", *ABLATIONS, "kd", "none"]:
+        students = [found["tasks"][task]["students"].get(name) for task in tasks]
+        lines.append(f"| {name} | " + " | ".join(map(cell, students)) + " |")
+    lines += ["", "| seconds of training | " + " | ".join(found["tasks"]) + " |"]
+    lines.append("|---|" + "---|" * len(found["tasks"]))
+    for name in METHODS:
+        taken = [entry["students"].get(name) for entry in found["tasks"].values()]
+        cells = ["-" if t is None else f"{statistics.median(t['seconds'].values()):.0f}" for t in taken]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(student: dict | None) -> str:
+    """Return `mean ± standard deviation (seeds)` in points."""
+    if student is None:
+        return "-"
+    spread = "" if student["spread"] is None else f" ± {100 * student['spread']:.1f}"
+    return f"{100 * student['mean']:.1f}{spread} ({len(student['seeds'])})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/results"))
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
-    parser.add_argument("--table", action="store_true", help="print the figures of what is done")
+    parser.add_argument("--json", action="store_true", help="print the figures of what is done")
+    parser.add_argument("--markdown", action="store_true", help="print the committed figures as tables")
     options = parser.parse_args()
     work, data_dir = options.work.absolute(), options.data_dir.absolute()
-    if options.table:
+    if options.markdown:
+        print(markdown(json.loads(Path(__file__).with_suffix(".json").read_text())))
+        return
+    if options.json:
         print(json.dumps(table(work, data_dir), indent=2))
         return
     tutor = fold_teacher(work, data_dir)
