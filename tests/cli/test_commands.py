@@ -168,10 +168,13 @@ def test_seed_is_the_recipes(workspace: Workspace, tmp_path: Path) -> None:
 
 
 def test_options_beside_a_recipe_take_precedence(workspace: Workspace, tmp_path: Path) -> None:
-    """A name given beside a recipe keeps how the data is read; another method drops options."""
+    """A name given beside a recipe keeps how the data is read; another method drops options.
+
+    What is not given stays: the control of the recipe too.
+    """
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"teacher: {workspace.teacher}\nstudent: layers:4\n"
+        f"teacher: {workspace.teacher}\nstudent: layers:4\ncontrol: true\n"
         "dataset: {name: elsewhere, max_length: 24}\nmethod: {name: lrc-bert, alpha: 2}\n"
     )
     more = ("--dataset", str(workspace.data), "--method", "none", "--set", "training.epochs=1")
@@ -179,6 +182,7 @@ def test_options_beside_a_recipe_take_precedence(workspace: Workspace, tmp_path:
     saved = Recipe.load(tmp_path / "run" / "recipe.yaml")
     assert (saved.dataset.name, saved.dataset.max_length) == (str(workspace.data), 24)
     assert (saved.method.name, saved.method.options, saved.student) == ("none", {}, "layers:4")
+    assert saved.control and (tmp_path / "run" / "control" / "student").is_dir()
 
 
 def test_dry_run_writes_nothing(workspace: Workspace, tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ def test_a_damaged_checkpoint_is_gone_back_behind(workspace: Workspace, tmp_path
     expected = (run / STUDENT).read_bytes()
     shutil.rmtree(run / "student")
     (run / "metrics.json").unlink()
+    for place in (run, run / "control"):
+        # What a process that is killed while it saves a student leaves behind.
+        (place / ".aside-x").mkdir(parents=True)
     newest = max((run / "checkpoints").iterdir())
     with (newest / "student.safetensors").open("r+b") as stream:
         stream.truncate(1000)
@@ -58,3 +61,18 @@ def test_a_damaged_checkpoint_is_gone_back_behind(workspace: Workspace, tmp_path
     assert newest.name in result.stderr and "damaged" in result.stderr
     assert (run / STUDENT).read_bytes() == expected
     assert (run / "metrics.json").exists()
+    assert not list(run.rglob(".aside-*"))
+
+
+def test_a_run_that_was_killed_before_it_began_can_start_again(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """Killed while it wrote its recipe, a run leaves a lock and half a file: that is still empty."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / ".aside-x").write_text("teacher:")
+    command = ["distill", "--teacher", workspace.teacher, "--dataset", workspace.data, "-o", run, *FAST]
+    more = ["--student", "layers:4", "--method", "none", "--set", "training.epochs=0.2"]
+    result = CliRunner().invoke(app, [str(part) for part in (*command, *more)])
+    assert result.exit_code == 0, result.stderr

@@ -60,7 +60,10 @@ def command():
 
 app()
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Buffered, as by default: what is printed early could come out late.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert json.loads(found.stdout) == {"a": 1}
     for text in ("python", "through sys.stdout", "from C", "from a child", "descriptor", "progress"):
         assert text in found.stderr

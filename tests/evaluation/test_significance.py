@@ -70,6 +70,13 @@ def test_a_constant_model_gives_a_number(name: str) -> None:
     assert all(map(math.isfinite, (found.value, found.low, found.high)))
 
 
+def test_equal_values_have_no_correlation() -> None:
+    """Their mean is rounded for some counts; what that leaves must not be taken for variance."""
+    for count in range(2, 60):
+        constant, labels = np.full((1, count), 0.1), np.arange(count, dtype=np.float64)[None]
+        assert RESAMPLED["pearson"](labels, constant).item() == 0.0
+
+
 def test_bootstrap_by_hand() -> None:
     """Two rows, b right on both and a on one: the difference of a resample is its share of row 2.
 
