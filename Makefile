@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	rm -rf $(RUN)
-	$(BIN)/stillroom finetune --model minilm-l6 --dataset builtin/verdicts -o $(RUN)/teacher
+	$(BIN)/stillroom finetune --model minilm-l6 --dataset builtin/verdicts --set training.learning_rate=1e-4 -o $(RUN)/teacher
 	$(BIN)/stillroom distill recipes/demo.yaml -o $(RUN)
 
 test: install
