@@ -100,7 +100,11 @@ def test_one_step_moves_the_student_and_not_the_teacher(tmp_path: Path, row: Row
     job = job_of(tmp_path, row, family, count=8, epochs=1)
     teacher = job.teacher and weights_hash(job.teacher.module)
     before = {name: value.clone() for name, value in job.student.model.state_dict().items()}
+    own = [p for name in job.plan.stages[0].weights for p in job.plan.terms[name].parameters()]
+    own_before = [p.detach().clone() for p in own]
     assert train(job, QUIET).steps == 1
+    # A projection that no optimiser knows stays at its random start (BERT-gang's did).
+    assert not any(torch.equal(p.detach(), old) for p, old in zip(own, own_before, strict=True))
     after = job.student.model.state_dict()
     assert any(not torch.equal(after[name], value) for name, value in before.items())
     assert all(torch.isfinite(value).all() for value in after.values())

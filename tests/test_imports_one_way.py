@@ -10,7 +10,8 @@ import stillroom
 SOURCE = Path(stillroom.__file__).parent
 
 ORDER = (
-    "errors durable recipe data encoder student teacher ops methods training evaluation provenance preflight run cli"
+    "errors durable recipe data encoder student teacher ops methods training evaluation provenance "
+    "preflight run cli"
 ).split()
 """`stillroom/<name>.py` or `stillroom/<name>/`, from the first to the last."""
 

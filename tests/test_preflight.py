@@ -24,6 +24,7 @@ from stillroom.encoder import Encoder, Needs, Outputs, weights_hash
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Plan, Stage, Term
 from stillroom.preflight import folder as folder_checks
+from stillroom.preflight import teacher as teacher_checks
 from stillroom.preflight.teacher import better_order
 from stillroom.recipe import TrainingSettings
 from tiny import (
@@ -542,7 +543,9 @@ def test_embeddings_that_cannot_be_perturbed_are_refused(tmp_path: Path) -> None
     student = make_encoder()
     model: Any = student.model
     model.bert.embeddings.dropout = nn.Identity()
-    assert "method.perturbation=off" in problem(make_run(tmp_path, student=student))
+    run = make_run(tmp_path, student=student, batch_size=1)
+    with pytest.raises(WrongInput, match="2 problems(?s:.)*method.perturbation=off"):
+        check(run)
     run = make_run(tmp_path, student=student, options={"perturbation": "off"})
     assert check(run)["warnings"] == []
     assert check(make_run(tmp_path, student=student, method="kd"))["warnings"] == []
@@ -652,6 +655,30 @@ def test_a_constant_value_is_refused(tmp_path: Path) -> None:
     assert "It gives 0.5 for every row" in text
 
 
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_a_teacher_that_knows_little_is_a_warning(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right in 58 of 100 rows where 50 are chance, or correlated by 0.15: surely more than luck."""
+    dataset = make_dataset(kind, pair=True)
+    rows = make_rows(dataset.task, 500, seed=1)
+    run = make_run(
+        tmp_path, dataset=replace(dataset, splits={**dataset.splits, "validation": rows}), pair=True
+    )
+    if kind == "classification":
+        right = np.arange(500) // 2 % 50 < 29
+        logits = one_hot(np.where(right, rows.labels, 1 - rows.labels), 2).astype(np.float32)
+    else:
+        noise = np.random.default_rng(0).standard_normal(500)
+        logits = (rows.labels.mean() + rows.labels.std() * (0.15 * (rows.labels - 0.5) * 2 + noise))[
+            :, None
+        ]
+    monkeypatch.setattr(teacher_checks, "predict", lambda *_, **__: logits)
+    warnings = [text for text in check(run)["warnings"] if "also in train" not in text]
+    assert len(warnings) == 1
+    assert "The teacher is little better than chance" in warnings[0]
+
+
 def test_three_validation_rows_cannot_tell(tmp_path: Path) -> None:
     dataset = make_dataset()
     splits = {**dataset.splits, "validation": dataset.splits["validation"].take(np.arange(3))}
@@ -667,6 +694,7 @@ def test_the_sample_is_spread_over_the_split(tmp_path: Path) -> None:
     dataset = replace(dataset, splits={**dataset.splits, "validation": rows})
     found = check(make_run(tmp_path, dataset=dataset))
     assert found["teacher"] == {"rows": 512, "metrics": {"accuracy": 1.0}}
+    assert not any("too equal" in warning for warning in found["warnings"])
 
 
 def one_hot(classes: np.ndarray, count: int) -> np.ndarray:

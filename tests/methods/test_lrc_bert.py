@@ -582,6 +582,13 @@ def test_an_anchor_without_another_label_keeps_its_positive_part() -> None:
         assert found.item() == pytest.approx((2 - 1.5 * cosine).mean().item(), rel=1e-12)
 
 
+def test_pooled_vectors_by_hand() -> None:
+    states = torch.tensor([[[[2.0, 0.0], [4.0, 6.0], [9.0, 9.0]], [[1.0, 3.0], [7.0, 7.0], [8.0, 8.0]]]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert pool(states, mask, "mean").tolist() == [[[3.0, 3.0], [1.0, 3.0]]]
+    assert pool(states, mask, "cls").tolist() == [[[2.0, 0.0], [1.0, 3.0]]]
+
+
 # The projection
 
 
