@@ -71,9 +71,9 @@ def test_a_constant_model_gives_a_number(name: str) -> None:
 
 
 def test_equal_values_have_no_correlation() -> None:
-    """Their mean is rounded for some counts; what that leaves must not be taken for variance."""
+    """Their mean is rounded for some counts; two such rests would correlate perfectly."""
     for count in range(2, 60):
-        constant, labels = np.full((1, count), 0.1), np.arange(count, dtype=np.float64)[None]
+        labels, constant = np.full((1, count), 0.3), np.full((1, count), 0.1)
         assert RESAMPLED["pearson"](labels, constant).item() == 0.0
 
 
