@@ -10,8 +10,8 @@ import pytest
 from click import Context
 from pydantic import BaseModel
 from typer.main import get_command
+from workspace import write_data
 
-from cli.workspace import write_data
 from stillroom.cli import app
 from stillroom.methods import METHODS
 from stillroom.recipe import Recipe
