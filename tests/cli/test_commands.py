@@ -66,6 +66,19 @@ def test_finetune_makes_a_teacher(workspace: Workspace) -> None:
     assert found["model"]["bytes"] == (workspace.teacher / "model.safetensors").stat().st_size
 
 
+def test_finetune_shows_its_teacher_and_a_next_command_that_passes(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    command = ("finetune", "--model", workspace.encoder, "--dataset", workspace.data, *FAST)
+    more = ("--set", "training.learning_rate=0.005", "--set", "training.epochs=4")
+    result = run(*command, *more, "-o", tmp_path / "teacher")
+    (row,) = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert f"{workspace.finetuned['model']['metrics']['accuracy']:.4f}" in row
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("Next: ")]
+    assert "--student layers:2,4 " in line
+    run(*shlex.split(line)[2:], "--dry-run")
+
+
 def test_distill_prints_its_metrics_as_one_object(distilled: tuple[Path, Any]) -> None:
     folder, result = distilled
     found = json.loads(result.stdout)

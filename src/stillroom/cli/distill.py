@@ -149,7 +149,9 @@ def _text(value: Any) -> str:
         return ", ".join(f"{key}: {_text(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
 
 
 def _show(found: dict[str, Any], folder: Path) -> None:

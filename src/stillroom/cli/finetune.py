@@ -56,10 +56,19 @@ def finetune(
     table.add_row(
         "teacher", *(f"{value:.4f}" for value in made["metrics"].values()), *frame.cost_cells(made)
     )
-    folder = shlex.quote(str(output))
+    folder, student = shlex.quote(str(output)), _half(output)
     frame.show(
         table,
         f"Teacher: {output}",
         f"Numbers: {output / 'metrics.json'}",
-        f"Next: stillroom distill --teacher {folder} {frame.data_options(output)} -o runs/student",
+        f"Next: stillroom distill --teacher {folder} {frame.data_options(output)} --student {student} "
+        "-o runs/student",
     )
+
+
+def _half(teacher: Path) -> str:
+    """Return a student of every second layer, or of the last one where the number is odd."""
+    from transformers import AutoConfig
+
+    depth = AutoConfig.from_pretrained(teacher).num_hidden_layers
+    return f"layers:{depth if depth % 2 else ','.join(map(str, range(2, depth + 1, 2)))}"
