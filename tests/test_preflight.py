@@ -669,10 +669,11 @@ def test_a_teacher_that_knows_little_is_a_warning(
         right = np.arange(500) // 2 % 50 < 29
         logits = one_hot(np.where(right, rows.labels, 1 - rows.labels), 2).astype(np.float32)
     else:
+        z = (rows.labels - rows.labels.mean()) / rows.labels.std()
         noise = np.random.default_rng(0).standard_normal(500)
-        logits = (rows.labels.mean() + rows.labels.std() * (0.15 * (rows.labels - 0.5) * 2 + noise))[
-            :, None
-        ]
+        noise -= noise.mean() + z * (noise @ z) / 500
+        values = 0.15 * z + (1 - 0.15**2) ** 0.5 * noise / noise.std()
+        logits = (rows.labels.mean() + rows.labels.std() * values)[:, None]
     monkeypatch.setattr(teacher_checks, "predict", lambda *_, **__: logits)
     warnings = [text for text in check(run)["warnings"] if "also in train" not in text]
     assert len(warnings) == 1
