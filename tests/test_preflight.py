@@ -785,3 +785,13 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_checks, "Accelerator", lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(WrongInput, match="Expected one process, found 2"):
         preflight.require_one_process()
+
+
+@pytest.mark.parametrize("name", ["nope", "wandb"])
+def test_a_tracker_that_is_not_there_is_an_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate would leave it out without a word, and the curves of a day would be nowhere."""
+    monkeypatch.setattr("stillroom.preflight.folder.get_available_trackers", list)
+    with pytest.raises(WrongInput, match=f"{name} is not installed or not known"):
+        check(make_run(tmp_path, log_with=(name,)))

@@ -161,7 +161,10 @@ class _RecipeFile(Settings):
         return validate(cls, values)
 
     def save(self, path: Path) -> None:
-        """Write the recipe as YAML, every setting spelt out."""
+        """Write a resolved recipe (`methods.resolve`) as YAML, every setting spelt out.
+
+        Of one that is not resolved, the method's own training defaults would be lost.
+        """
         durable.write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 

@@ -23,6 +23,7 @@ _REST: tuple[Check, ...] = (
     data.blank_texts,
     data.repeated_rows,
     data.truncation,
+    folder.trackers,
     folder.disk,
 )
 

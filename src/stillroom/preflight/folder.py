@@ -3,6 +3,7 @@
 import shutil
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from stillroom.errors import WrongInput
@@ -18,6 +19,18 @@ def require_one_process() -> None:
             f"Expected one process, found {processes}: this version trains in one. Start it without "
             "`accelerate launch`, or with --num_processes 1."
         )
+
+
+def trackers(run: Run, report: Report) -> None:
+    """Every tracker that is to be logged to is known and installed."""
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in run.training.log_with:
+        if name not in installed:
+            # accelerate leaves out what is not installed, and says nothing.
+            report.error(
+                f"training.log_with: {name} is not installed or not known to accelerate. Installed: "
+                f"{', '.join(installed) or 'none'}. Install it with pip, or leave it out."
+            )
 
 
 def disk(run: Run, report: Report) -> None:

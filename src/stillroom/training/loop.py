@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What the loop did. `seconds` leaves out evaluation, checkpoints and time before a kill."""
+    """What the loop did. `seconds` leaves out evaluation, checkpoints, and what a kill undid."""
 
     steps: int
     examples: int
