@@ -39,6 +39,8 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "without hard labels": {"name": "lrc-bert", "gamma": 0},
     "without perturbation": {"name": "lrc-bert", "perturbation": "off"},
     "one stage": {"name": "lrc-bert", "switch": 0},
+    "perturbation of the whole tensor": {"name": "lrc-bert", "perturbation_norm": "tensor"},
+    "perturbation in stage 2 only": {"name": "lrc-bert", "perturbation": "second"},
 }
 
 
@@ -238,9 +240,8 @@ def table(work: Path, data_dir: Path) -> dict:
         found["environment"] = metrics["environment"]
         entry = found["tasks"].setdefault(task, {"metric": metrics["metric"], "students": {}})
         entry["teacher"] = metrics["teacher"]
-        student = entry["students"].setdefault(name, {"seeds": {}, "seconds": {}})
+        student = entry["students"].setdefault(name, {"seeds": {}})
         student["seeds"][str(seed)] = metrics["student"]["metrics"]
-        student["seconds"][str(seed)] = metrics["train"]["seconds"]
     for entry in found["tasks"].values():
         goal = entry["teacher"]["metrics"][entry["metric"]]
         for student in entry["students"].values():
@@ -266,12 +267,6 @@ def markdown(found: dict) -> str:
     for name in ["lrc-bert", *ABLATIONS, "kd", "none"]:
         students = [found["tasks"][task]["students"].get(name) for task in tasks]
         lines.append(f"| {name} | " + " | ".join(map(cell, students)) + " |")
-    lines += ["", "| seconds of training | " + " | ".join(found["tasks"]) + " |"]
-    lines.append("|---|" + "---|" * len(found["tasks"]))
-    for name in METHODS:
-        taken = [entry["students"].get(name) for entry in found["tasks"].values()]
-        cells = ["-" if t is None else f"{statistics.median(t['seconds'].values()):.0f}" for t in taken]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
