@@ -2,9 +2,10 @@
 
 `builtin/verdicts` asks whether the writer of a short review liked the thing that is reviewed. The
 sentences are put together from templates and word lists, so they are **not real reviews**. They
-exist for demos and tests that must run offline in minutes: words of praise and of blame are as
-frequent in either class, so that only a model that follows negation, contrast, scope, hearsay,
-comparison and the unreal can tell the classes apart. What a model scores here says whether a
+exist for demos and tests that must run offline in minutes. Words of praise and of blame stand in
+sentences of either class, so that only a model that follows negation, contrast, scope, hearsay,
+comparison and the unreal can tell the classes apart: a bag of words gets some 0.6 of them right.
+What a model scores here says whether a
 training run works; it says nothing about real text, and is no substitute for a real data set.
 """
 

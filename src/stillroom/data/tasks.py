@@ -55,7 +55,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A task and its splits by name; `train` and `validation` are always there."""
+    """A task and those of its splits that were asked for, by name."""
 
     task: Task
     splits: dict[str, Rows]
