@@ -5,8 +5,8 @@ sentences are put together from templates and word lists, so they are **not real
 exist for demos and tests that must run offline in minutes. Words of praise and of blame stand in
 sentences of either class, so that only a model that follows negation, contrast, scope, hearsay,
 comparison and the unreal can tell the classes apart: a bag of words gets some 0.6 of them right.
-What a model scores here says whether a
-training run works; it says nothing about real text, and is no substitute for a real data set.
+What a model scores here says whether a training run works; it says nothing about real text, and
+is no substitute for a real data set.
 """
 
 import re
