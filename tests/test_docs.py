@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,3 +86,13 @@ def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     exec(compile(text, "README.md", "exec"), {"RATE": ["training.learning_rate=0.01"]})
     assert "of the teacher is kept" in capsys.readouterr().out
     assert (tmp_path / "runs/student/student/model.safetensors").exists()
+
+
+def test_result_tables_are_the_committed_figures() -> None:
+    """A table that was typed, or not made again, would show figures that no run gave."""
+    script = ROOT / "benchmarks" / "results.py"
+    made = subprocess.run(
+        [sys.executable, script, "--markdown"], capture_output=True, text=True, check=True
+    )
+    assert made.stdout.strip()
+    assert made.stdout.strip() in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
