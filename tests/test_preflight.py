@@ -352,7 +352,7 @@ def test_a_batch_of_one_row_is_refused_where_two_are_needed(tmp_path: Path) -> N
 
 def test_an_odd_row_left_over_is_refused(tmp_path: Path) -> None:
     dataset = make_dataset(count=49)
-    assert "training.batch_size=2 does not divide the 49 rows" in problem(
+    assert "training.batch_size=2 leaves such batches of the 49 rows: set it to 3" in problem(
         make_run(tmp_path, dataset=dataset, batch_size=2)
     )
 
@@ -471,6 +471,7 @@ def test_two_tokenizers_are_refused_where_states_are_aligned(tmp_path: Path) -> 
     dataset = with_texts("train", ["the dog", "Film was good"])
     run = make_run(tmp_path, dataset=dataset, student=split_student())
     text = problem(run)
+    assert text.startswith("cos_nce compares states token by token, so student and teacher must")
     assert "'Film was good' is" in text
     assert "[[CLS], film, was, good, [SEP]] to the teacher" in text
     assert "[[CLS], f, ##ilm, was, good, [SEP]] to the student" in text
@@ -503,6 +504,7 @@ def test_a_student_with_fewer_positions_is_refused_where_states_are_aligned(tmp_
     student = make_encoder()
     student.config.max_position_embeddings = 9
     text = problem(make_run(tmp_path, student=student, max_length=16))
+    assert text.startswith("cos_nce compares states token by token, but row")
     assert "cut to 9 tokens for the student" in text and "Set dataset.max_length=9" in text
 
 

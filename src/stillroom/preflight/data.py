@@ -243,6 +243,6 @@ def _too_small(run: Run, step: int, name: str, least: int, rows: np.ndarray) -> 
             f"raise it to {least * longest} or more, or lower dataset.max_length."
         )
     return text + (
-        f"training.batch_size={settings.batch_size} does not divide the {len(lengths)} rows well: "
+        f"training.batch_size={settings.batch_size} leaves such batches of the {len(lengths)} rows: "
         f"set it to {max(least + 1, settings.batch_size + 1)} or more."
     )

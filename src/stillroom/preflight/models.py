@@ -40,7 +40,7 @@ def require_same_head(task: Task, teacher: Encoder) -> None:
         raise WrongInput(
             f"The labels of {task.name} are for {task.kind}, and the teacher is for {kind} "
             f"({found} output(s)). Give a teacher that was fine-tuned on such labels, or say what the "
-            f"labels mean with dataset.kind={kind}."
+            f"labels of a file of your own mean with dataset.kind={kind}."
         )
     if found != task.outputs:
         raise WrongInput(
@@ -121,9 +121,9 @@ def same_tokens(run: Run, report: Report) -> None:
         return
     ours, theirs = run.tokens.student["train"], run.tokens.teacher["train"]
     known = run.teacher.tokenizer.get_vocab()
-    names = run.student.tokenizer.convert_ids_to_tokens(range(len(run.student.tokenizer)))
+    vocabulary = run.student.tokenizer.convert_ids_to_tokens(range(len(run.student.tokenizer)))
     # The same token may have another number, as in a vocabulary that was trimmed.
-    number = np.array([known.get(name, -1) for name in names])
+    number = np.array([known.get(token, -1) for token in vocabulary])
     rows = range(len(ours))
     row = next((i for i in rows if not np.array_equal(number[_ids(ours, i)], _ids(theirs, i))), None)
     if row is None:
