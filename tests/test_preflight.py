@@ -782,9 +782,13 @@ def test_what_is_there_already_is_not_needed_again(tmp_path: Path, monkeypatch: 
     assert check(run)["warnings"] == []
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("accelerate", "torchrun"), [(2, "1"), (1, "2")])
+def test_several_processes_are_refused(
+    accelerate: int, torchrun: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     preflight.require_one_process()
-    monkeypatch.setattr(folder_checks, "Accelerator", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(folder_checks, "Accelerator", lambda: SimpleNamespace(num_processes=accelerate))
+    monkeypatch.setenv("WORLD_SIZE", torchrun)
     with pytest.raises(WrongInput, match="Expected one process, found 2"):
         preflight.require_one_process()
 

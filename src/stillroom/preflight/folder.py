@@ -1,5 +1,6 @@
 """Checks of the place a run is written to, and of the processes that run it."""
 
+import os
 import shutil
 
 from accelerate import Accelerator
@@ -13,11 +14,12 @@ from stillroom.training.loop import CHECKPOINTS
 
 def require_one_process() -> None:
     """Raise `WrongInput` where several processes were launched to train together."""
-    processes = Accelerator().num_processes
+    # Without a GPU accelerate does not look at what torchrun says.
+    processes = max(Accelerator().num_processes, int(os.environ.get("WORLD_SIZE", 1)))
     if processes > 1:
         raise WrongInput(
             f"Expected one process, found {processes}: this version trains in one. Start it without "
-            "`accelerate launch`, or with --num_processes 1."
+            "`accelerate launch` or `torchrun`, or let them start one process."
         )
 
 
