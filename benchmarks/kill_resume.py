@@ -3,10 +3,11 @@
     python benchmarks/kill_resume.py --work runs/kill-resume
     python benchmarks/kill_resume.py --work /tmp/kill --tiny --kills 3
 
-One run is left alone. Then each of the others is killed once with SIGKILL, at a moment drawn from the
-time between its checks and its end (training of student and control, checkpoints, measuring), and
-resumed. Prints one JSON object; ends with 1 unless every run has the first one's SHA-256 of student
-and control. The teacher is minilm-l6 fine-tuned on builtin/verdicts, or with --tiny a toy.
+One run is left alone. Then each of the others is killed once with SIGKILL, at a moment drawn from
+the steps of student and control and the measuring after them, and resumed. The moment is a step and a
+little more, not a time, so that a machine whose speed changes is killed everywhere. Prints one JSON
+object; ends with 1 unless every run has the first one's SHA-256 of student and control. The teacher
+is minilm-l6 fine-tuned on builtin/verdicts, or with --tiny a toy.
 """
 
 import argparse
@@ -29,7 +30,8 @@ def stillroom(*arguments: object) -> list[str]:
 def distillation(teacher: Path, data: list[str], *more: str) -> list[str]:
     """Return the command of a run of a minute at most, without its output folder."""
     command = stillroom("distill", "--teacher", teacher, *data, "--control", *more)
-    return [*command, "--set", "training.epochs=2", "--set", "training.checkpoint_every=7"]
+    settings = ("training.epochs=2", "training.checkpoint_every=7", "training.log_every=1")
+    return [*command, *(part for setting in settings for part in ("--set", setting))]
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -37,46 +39,60 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=stream, stderr=stream)
 
 
-def wait_for_recipe(process: subprocess.Popen[bytes], folder: Path, log: Path) -> None:
-    """Wait until the run's checks are done: then it writes its recipe."""
-    while not (folder / "recipe.yaml").exists():
-        if process.poll() is not None:
-            raise SystemExit(f"The run ended with {process.returncode} before it began: see {log}")
-        time.sleep(0.002)
+def steps_done(folder: Path) -> int:
+    """Return the last step of a log; a line may be half written."""
+    log = folder / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
-def leave_alone(command: list[str], folder: Path) -> float:
-    """Do a run without a kill and return its seconds after the checks."""
+def leave_alone(command: list[str], folder: Path) -> int:
+    """Do a run without a kill and return its steps."""
     log = folder.with_suffix(".log")
-    process = start([*command, "-o", str(folder)], log)
-    wait_for_recipe(process, folder, log)
-    began = time.perf_counter()
-    if process.wait():
-        raise SystemExit(f"The run failed with {process.returncode}: see {log}")
-    return time.perf_counter() - began
+    if code := start([*command, "-o", str(folder)], log).wait():
+        raise SystemExit(f"The run failed with {code}: see {log}")
+    return json.loads((folder / "metrics.json").read_text())["train"]["steps"]
 
 
-def kill_and_resume(command: list[str], folder: Path, seconds: float) -> dict[str, object] | None:
-    """Kill a run `seconds` after its checks, resume it, and return what was seen.
+def kill_and_resume(
+    command: list[str], folder: Path, moment: float, seconds: float, steps: int
+) -> dict[str, object] | None:
+    """Kill a run, resume it, and return what was seen.
+
+    Args:
+        command: The run's, without its folder.
+        folder: The run's folder, new.
+        moment: Below 1 the share of the student's steps that are done, below 2 one more than that
+            of the control's, from 2 on after both.
+        seconds: How long after that moment.
+        steps: Steps of the student, and of the control.
 
     Returns:
         None if the run had ended by then.
     """
     log = folder.with_suffix(".log")
     process = start([*command, "-o", str(folder)], log)
-    wait_for_recipe(process, folder, log)
+    place = folder if moment < 1 else folder / "control"
+    # The run can be resumed from the moment it has a recipe, before its first step.
+    least = 0 if moment < 1 else 1
+    while not (folder / "recipe.yaml").exists() or steps_done(place) < max(
+        least, min(1.0, moment - least) * steps
+    ):
+        if process.poll() is not None:
+            raise SystemExit(f"The run ended with {process.returncode} before step {moment}: see {log}")
+        time.sleep(0.002)
     time.sleep(seconds)
     process.kill()
     if process.wait() != -9:
         return None
-    seen = {
-        "seconds": round(seconds, 3),
+    seen: dict[str, object] = {
+        "moment": round(moment, 3),
+        "student_step": steps_done(folder),
+        "control_step": steps_done(folder / "control"),
         "checkpoints": sorted(str(path.relative_to(folder)) for path in folder.glob("**/step-*")),
-        "student_done": (folder / STUDENTS[0]).exists(),
     }
-    resumed = start(stillroom("distill", "--resume", folder), log)
-    if resumed.wait():
-        raise SystemExit(f"The resumed run failed with {resumed.returncode}: see {log}")
+    if code := start(stillroom("distill", "--resume", folder), log).wait():
+        raise SystemExit(f"The resumed run failed with {code}: see {log}")
     return seen
 
 
@@ -87,7 +103,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def compare(command: list[str], work: Path, kills: int, seed: int) -> dict[str, object]:
     """Return the hashes of a run that is left alone and of `kills` that are not."""
     work.mkdir(parents=True, exist_ok=True)
-    length = leave_alone(command, work / "alone")
+    steps = leave_alone(command, work / "alone")
     expected = hashes(work / "alone")
     chance = random.Random(seed)
     killed: list[dict[str, object]] = []
@@ -95,14 +111,14 @@ def compare(command: list[str], work: Path, kills: int, seed: int) -> dict[str, 
     while len(killed) < kills:
         attempts += 1
         folder = work / f"killed-{attempts}"
-        seen = kill_and_resume(command, folder, chance.uniform(0, length))
+        seen = kill_and_resume(command, folder, chance.uniform(0, 2.1), chance.uniform(0, 0.2), steps)
         if seen is not None:
             found = hashes(folder)
             killed.append({**seen, "sha256": found, "identical": found == expected})
     return {
         "identical": all(run["identical"] for run in killed),
         "seed": seed,
-        "seconds_alone": round(length, 3),
+        "steps": steps,
         "sha256": expected,
         "killed": killed,
     }

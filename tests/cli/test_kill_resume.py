@@ -30,7 +30,7 @@ def test_killed_runs_end_in_the_same_student_and_control(
     workspace: Workspace, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    data = ["--dataset", str(workspace.data), "--set", "training.log_every=1"]
+    data = ["--dataset", str(workspace.data)]
     command = script.distillation(workspace.teacher, data, "--student", "layers:2,4")
     found = script.compare(command, tmp_path, kills=2, seed=0)
     assert len(found["killed"]) == 2
