@@ -72,12 +72,9 @@ def kill_and_resume(
     """
     log = folder.with_suffix(".log")
     process = start([*command, "-o", str(folder)], log)
-    place = folder if moment < 1 else folder / "control"
+    place, share = (folder, moment) if moment < 1 else (folder / "control", min(1.0, moment - 1))
     # The run can be resumed from the moment it has a recipe, before its first step.
-    least = 0 if moment < 1 else 1
-    while not (folder / "recipe.yaml").exists() or steps_done(place) < max(
-        least, min(1.0, moment - least) * steps
-    ):
+    while not (folder / "recipe.yaml").exists() or steps_done(place) < share * steps:
         if process.poll() is not None:
             raise SystemExit(f"The run ended with {process.returncode} before step {moment}: see {log}")
         time.sleep(0.002)
