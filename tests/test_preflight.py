@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from stillroom import preflight
 from stillroom.data.batching import Batch
@@ -539,6 +540,47 @@ class Deep(Term):
 def test_a_layer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     run = replace(make_run(tmp_path), plan=Plan({"deep": Deep()}, (Stage(0.0, {"deep": 1.0}),)))
     assert "deep reads the layers [3] of the student, which has layers 1 to 2" in problem(run)
+
+
+class Scores(Term):
+    """A term that reads the attention scores of both."""
+
+    student_needs = teacher_needs = Needs(attention_scores=frozenset({2}))
+    same_heads = True
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        return (student.attention_scores[2] - teacher.attention_scores[2]).clamp(min=-9).square().mean()
+
+
+def reading_scores(run: preflight.Run) -> preflight.Run:
+    return replace(run, plan=Plan({"scores": Scores()}, (Stage(0.0, {"scores": 1.0}),)))
+
+
+def test_attention_that_is_read_is_found(tmp_path: Path) -> None:
+    found = check(reading_scores(make_run(tmp_path)))
+    assert found["layers"] == {"scores": {"student": [2], "teacher": [2]}}
+
+
+def test_a_block_without_attention_scores_is_refused(tmp_path: Path) -> None:
+    run = reading_scores(make_run(tmp_path, student=make_encoder(layers=1)))
+    assert "scores reads the layers [2] of the student, which has layers 1 to 1" in problem(run)
+
+
+def test_a_student_that_does_not_show_its_attention_is_refused(tmp_path: Path) -> None:
+    run = reading_scores(make_run(tmp_path, student=make_encoder("mpnet"), method="kd"))
+    text = problem(run)
+    assert text.startswith("scores reads the attention of the student. MPNet")
+    assert "a method that does not read them, such as kd" in text
+
+
+def test_another_number_of_heads_is_refused_where_heads_are_compared(tmp_path: Path) -> None:
+    """Averaged over heads or broadcast, it would train on nonsense."""
+    config = make_encoder().config
+    config.num_attention_heads = 4
+    student = Encoder(AutoModelForSequenceClassification.from_config(config).eval(), make_tokenizer())
+    text = problem(reading_scores(make_run(tmp_path, student=student)))
+    assert "the student has 4 heads and the teacher 2. Give a student with 2 heads" in text
+    assert check(make_run(tmp_path, student=student))["warnings"] == []
 
 
 def test_embeddings_that_cannot_be_perturbed_are_refused(tmp_path: Path) -> None:

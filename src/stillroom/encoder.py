@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from stillroom import durable
 from stillroom.data.batching import Inputs
@@ -47,17 +56,31 @@ class Needs:
 
     `hidden_states` are indices: 0 is the embedding output, `i` the output of block `i`.
     `embeddings` asks for the sum that leaves the embedding norm, before its dropout.
+    `attention_scores`, `queries`, `keys` and `values` are blocks, from 1.
     """
 
     logits: bool = False
     hidden_states: frozenset[int] = frozenset()
     embeddings: bool = False
+    attention_scores: frozenset[int] = frozenset()
+    queries: frozenset[int] = frozenset()
+    keys: frozenset[int] = frozenset()
+    values: frozenset[int] = frozenset()
+
+    @property
+    def attention(self) -> frozenset[int]:
+        """Blocks of whose attention anything is read."""
+        return self.attention_scores | self.queries | self.keys | self.values
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
             self.logits or other.logits,
             self.hidden_states | other.hidden_states,
             self.embeddings or other.embeddings,
+            self.attention_scores | other.attention_scores,
+            self.queries | other.queries,
+            self.keys | other.keys,
+            self.values | other.values,
         )
 
 
@@ -66,16 +89,37 @@ class Outputs:
     """What an encoder computed for a batch.
 
     `logits` is `(B, C)`; `hidden_states[i]` is `(B, S, D)`; `embeddings` is `(B, S, D)` or None.
+
+    `attention_scores[i]` is `(B, H, S, S)`, queries in rows: what block i gives to its softmax,
+    ``Q K^T * scaling + mask``, where the mask is 0 on the keys that a query may look at, and the
+    dtype's least number on padding and beyond a local window. `queries[i]`, `keys[i]` and
+    `values[i]` are `(B, H, S, D/H)`, as they enter that product: rotary positions are applied.
+    Gradients flow through all of them.
     """
 
     logits: Tensor
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
     embeddings: Tensor | None = None
+    attention_scores: Mapping[int, Tensor] = field(default_factory=dict)
+    queries: Mapping[int, Tensor] = field(default_factory=dict)
+    keys: Mapping[int, Tensor] = field(default_factory=dict)
+    values: Mapping[int, Tensor] = field(default_factory=dict)
 
     def float(self) -> "Outputs":
         """Return the same in float32, in which all terms compute."""
-        states = {index: state.float() for index, state in self.hidden_states.items()}
-        return Outputs(self.logits.float(), states, self.embeddings)
+        return Outputs(
+            self.logits.float(),
+            _float(self.hidden_states),
+            self.embeddings,
+            _float(self.attention_scores),
+            _float(self.queries),
+            _float(self.keys),
+            _float(self.values),
+        )
+
+
+def _float(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    return {index: tensor.float() for index, tensor in tensors.items()}
 
 
 class Encoder(nn.Module):
@@ -102,6 +146,11 @@ class Encoder(nn.Module):
         return int(self.config.hidden_size)
 
     @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return int(self.config.num_attention_heads)
+
+    @property
     def positions(self) -> int:
         """Longest input in tokens that the model can read."""
         most = getattr(self.config, "max_position_embeddings", None) or 10**9
@@ -115,12 +164,15 @@ class Encoder(nn.Module):
         return tuple(self.config.id2label[i] for i in range(self.config.num_labels))
 
     def forward(self, inputs: Inputs, needs: Needs, offset: Tensor | None = None) -> Outputs:
-        """Return logits, and the hidden states and embeddings that `needs` names.
+        """Return logits, and what else `needs` names.
 
         Args:
             inputs: A padded batch.
             needs: What to return beside the logits.
             offset: Added to the embeddings, shape `(B, S, D)`; None adds nothing.
+
+        Raises:
+            WrongInput: If the model does not show its attention, or its embeddings cannot be moved.
         """
         given: dict[str, Any] = {
             "input_ids": inputs.input_ids,
@@ -128,10 +180,21 @@ class Encoder(nn.Module):
         }
         if inputs.token_type_ids is not None:
             given["token_type_ids"] = inputs.token_type_ids
-        with self._embeddings(needs.embeddings or offset is not None, offset) as seen:
+        with (
+            self._embeddings(needs.embeddings or offset is not None, offset) as seen,
+            self._attention(needs) as attention,
+        ):
             found = self.model(**given, output_hidden_states=bool(needs.hidden_states))
         states = {index: found.hidden_states[index] for index in sorted(needs.hidden_states)}
-        return Outputs(found.logits, states, seen[0] if seen else None)
+        return Outputs(
+            found.logits,
+            states,
+            seen[0] if seen else None,
+            attention.scores,
+            attention.queries,
+            attention.keys,
+            attention.values,
+        )
 
     def embedding_dropout(self) -> nn.Module | None:
         """Return the module that the embeddings pass through last, or None if it is not known."""
@@ -185,6 +248,100 @@ class Encoder(nn.Module):
             yield seen
         finally:
             handle.remove()
+
+    @contextmanager
+    def _attention(self, needs: Needs) -> Iterator["_Attention"]:
+        """Collect what `needs` names of the attention of one forward pass.
+
+        transformers' own attention is put aside for this pass only; without need it stays.
+        """
+        seen = _Attention(needs)
+        if not needs.attention:
+            yield seen
+            return
+        model: Any = self.model
+        before = self.config._attn_implementation
+        with quiet():
+            model.set_attn_implementation(_CAPTURE)
+        token = _capturing.set(seen)
+        try:
+            yield seen
+        finally:
+            _capturing.reset(token)
+            with quiet():
+                model.set_attn_implementation(before)
+        if seen.blocks != self.depth:
+            raise WrongInput(
+                f"{type(model).__name__} computes its attention by itself and not through transformers' "
+                "attention interface, so its attention scores, queries, keys and values cannot be read. "
+                "Use a model of another family (BERT, RoBERTa, ELECTRA, DistilBERT, ModernBERT), or a "
+                "method that does not read them, such as kd or lrc-bert."
+            )
+
+
+@dataclass
+class _Attention:
+    """What one forward pass computes in its attention, of the blocks that are asked for."""
+
+    needs: Needs
+    blocks: int = 0
+    """How many have called so far."""
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+
+_CAPTURE = "stillroom-capture"
+_capturing: ContextVar[_Attention | None] = ContextVar("_capturing", default=None)
+
+
+def _capture(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Note what the running pass asks for, and return what transformers' sdpa attention does.
+
+    Blocks call in their order. The output is not computed from the scores, so that the model's
+    logits are the same bits whether attention is read or not.
+    """
+    seen = _capturing.get()
+    if seen is not None:
+        seen.blocks += 1
+        block, needs = seen.blocks, seen.needs
+        if block in needs.queries:
+            seen.queries[block] = query
+        if block in needs.keys:
+            seen.keys[block] = key
+        if block in needs.values:
+            seen.values[block] = value
+        if block in needs.attention_scores:
+            seen.scores[block] = _scores(query, key, attention_mask, scaling)
+    made: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+    )
+    return made
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Return ``(B, H, S, S)`` scores before the softmax; `mask` is None, true to look at, or added."""
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        nothing, least = scores.new_zeros(()), scores.new_full((), torch.finfo(scores.dtype).min)
+        mask = torch.where(mask, nothing, least)
+    return scores + mask
+
+
+AttentionInterface.register(_CAPTURE, _capture)
+AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
 
 
 def locate(name: str) -> str:

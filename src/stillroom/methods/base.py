@@ -39,6 +39,8 @@ class Term(nn.Module, ABC):
     teacher_needs: Needs = Needs()
     same_tokens: bool = False
     """Whether states are compared token by token, so that both must tokenise alike."""
+    same_heads: bool = False
+    """Whether attention is compared head by head, so that both must have equally many heads."""
     least_rows: int = 1
     """Fewest rows in a batch: contrastive terms need two."""
 

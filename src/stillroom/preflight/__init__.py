@@ -18,6 +18,7 @@ _REST: tuple[Check, ...] = (
     models.label_names,
     models.same_tokens,
     models.layers,
+    models.attention,
     models.perturbation,
     data.batches,
     data.blank_texts,

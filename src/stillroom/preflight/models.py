@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from stillroom.data.batching import make_batch
+from stillroom.data.batching import Inputs, make_batch
 from stillroom.data.tasks import Kind, Task
 from stillroom.data.tokens import TokenisedRows, fingerprint
-from stillroom.encoder import Encoder, Outputs
+from stillroom.encoder import Encoder, Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.preflight.base import SPLITS, Report, Run, listed, shortened
@@ -162,9 +162,9 @@ def layers(run: Run, report: Report) -> None:
     report.found["student"] = {"parameters": total, "non_embedding_parameters": outside}
     report.found["layers"] = {}
     for name, term in run.terms().items():
-        read = {"student": sorted(term.student_needs.hidden_states)}
+        read = {"student": _layers_of(term.student_needs)}
         if run.teacher is not None:
-            read["teacher"] = sorted(term.teacher_needs.hidden_states)
+            read["teacher"] = _layers_of(term.teacher_needs)
         if any(read.values()):
             report.found["layers"][name] = read
         for who, model in run.models():
@@ -174,6 +174,39 @@ def layers(run: Run, report: Report) -> None:
                     f"{name} reads the layers {listed(beyond)} of the {who}, which has layers 1 to "
                     f"{model.depth}. Correct method.layer_map."
                 )
+
+
+def _layers_of(needs: Needs) -> list[int]:
+    return sorted(needs.hidden_states | needs.attention)
+
+
+def attention(run: Run, report: Report) -> None:
+    """Attention can be read where it is, and has as many heads where it is compared by head."""
+    terms = run.terms()
+    for who, model in run.models():
+        names = [
+            name
+            for name, term in terms.items()
+            if (term.teacher_needs if who == "teacher" else term.student_needs).attention
+        ]
+        if not names:
+            continue
+        # Any token will do: what is tried is whether the model calls at all.
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+        try:
+            with torch.no_grad():
+                model(Inputs(ids, torch.ones_like(ids), None), Needs(values=frozenset({1})))
+        except WrongInput as error:
+            report.error(f"{', '.join(names)} reads the attention of the {who}. {error}")
+    if run.teacher is None or run.student.heads == run.teacher.heads:
+        return
+    names = [name for name, term in terms.items() if term.same_heads]
+    if names:
+        report.error(
+            f"{', '.join(names)} compares attention head by head, but the student has "
+            f"{run.student.heads} heads and the teacher {run.teacher.heads}. Give a student with "
+            f"{run.teacher.heads} heads: layers:2,4,6, or a size that says so, LAYERSxWIDTHxHEADS."
+        )
 
 
 def perturbation(run: Run, report: Report) -> None:
