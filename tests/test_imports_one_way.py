@@ -10,12 +10,12 @@ import stillroom
 SOURCE = Path(stillroom.__file__).parent
 
 ORDER = (
-    "errors durable recipe data encoder student teacher ops methods training evaluation provenance "
-    "preflight run cli"
+    "errors durable recipe data encoder student teacher generator ops methods training evaluation "
+    "provenance preflight run cli"
 ).split()
 """`stillroom/<name>.py` or `stillroom/<name>/`, from the first to the last."""
 
-METHOD_MAY_IMPORT = {"base", "prediction"}
+METHOD_MAY_IMPORT = {"base", "prediction", "augmentation"}
 """The files of `methods` that are no methods, and that every method shares."""
 
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -10,13 +10,19 @@ import numpy as np
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from stillroom import methods
 from stillroom.data.batching import Batch, make_batch
 from stillroom.data.tasks import Dataset, Kind, Rows, Task
 from stillroom.data.tokens import TokenisedRows, tokenise
 from stillroom.encoder import Encoder, Needs, describe_task
+from stillroom.generator import Generator
 from stillroom.methods.base import Context, Plan
 from stillroom.ops.prediction import hard_label_loss
 from stillroom.recipe import MethodSettings, TrainingSettings
@@ -138,6 +144,15 @@ def make_encoder(
     return Encoder(model.float().eval(), tokenizer)
 
 
+def make_generator(family: str = "bert", *, width: int = 16, seed: int = 2) -> Generator:
+    """Return a tiny random masked language model that shares the encoders' vocabulary."""
+    like = make_encoder(family, layers=1, width=width)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForMaskedLM.from_config(like.config)
+    return Generator(model.float().eval(), like.tokenizer)
+
+
 def save_encoder(folder: Path, **options: Any) -> Path:
     """Save a tiny encoder and return its folder."""
     make_encoder(**options).save(folder)
@@ -204,6 +219,9 @@ def make_job(
     teacher = make_encoder(family, task=task, layers=4, width=24, seed=1)
     tokens = make_tokens(rows, student)
 
+    live = LiveTeacher(teacher, device=torch.device("cpu"), bf16=False)
+    plan = make_plan(student, teacher, task, count, method=method, **(options or {}))
+
     def score(encoder: Encoder) -> dict[str, float]:
         with torch.no_grad():
             logits = encoder.eval()(make_batch_of(rows, encoder).student, Needs(logits=True)).logits
@@ -219,8 +237,8 @@ def make_job(
     return Job(
         "tiny",
         student,
-        None if method == "none" else LiveTeacher(teacher, device=torch.device("cpu"), bf16=False),
-        make_plan(student, teacher, task, count, method=method, **(options or {})),
+        None if method == "none" else live,
+        plan,
         rows,
         tokens,
         tokens,
@@ -228,6 +246,8 @@ def make_job(
         False,
         evaluate or score,
         folder,
+        None if plan.augmentation is None else make_generator(family),
+        live,
     )
 
 

@@ -163,21 +163,36 @@ class Encoder(nn.Module):
         """Label names in the order of the logits."""
         return tuple(self.config.id2label[i] for i in range(self.config.num_labels))
 
-    def forward(self, inputs: Inputs, needs: Needs, offset: Tensor | None = None) -> Outputs:
+    @property
+    def words(self) -> Tensor:
+        """The table of word embeddings, `(V, D)`."""
+        table: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        return table.weight  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        inputs: Inputs,
+        needs: Needs,
+        offset: Tensor | None = None,
+        words: Tensor | None = None,
+    ) -> Outputs:
         """Return logits, and what else `needs` names.
 
         Args:
             inputs: A padded batch.
             needs: What to return beside the logits.
             offset: Added to the embeddings, shape `(B, S, D)`; None adds nothing.
+            words: Rows of the word-embedding table, shape `(B, S, D)`, in place of those that
+                `inputs.input_ids` names: what a generator's gradient passes through.
 
         Raises:
             WrongInput: If the model does not show its attention, or its embeddings cannot be moved.
         """
-        given: dict[str, Any] = {
-            "input_ids": inputs.input_ids,
-            "attention_mask": inputs.attention_mask,
-        }
+        given: dict[str, Any] = {"attention_mask": inputs.attention_mask}
+        if words is None:
+            given["input_ids"] = inputs.input_ids
+        else:
+            given["inputs_embeds"] = words
         if inputs.token_type_ids is not None:
             given["token_type_ids"] = inputs.token_type_ids
         with (
@@ -441,7 +456,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 @contextmanager
-def explain_load(name: str) -> Iterator[None]:
+def explain_load(name: str, what: str = "a sequence-classification encoder") -> Iterator[None]:
     """Turn what transformers, safetensors and the hub raise into `WrongInput`."""
     try:
         yield
@@ -452,8 +467,8 @@ def explain_load(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WrongInput(
-            f"{name} cannot be loaded as a sequence-classification encoder: {reason} Expected a "
-            "folder or hub id with config.json, a fast tokenizer and model.safetensors."
+            f"{name} cannot be loaded as {what}: {reason} Expected a folder or hub id with "
+            "config.json, a fast tokenizer and model.safetensors."
         ) from error
 
 

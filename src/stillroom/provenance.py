@@ -16,17 +16,27 @@ from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import Tokens
 from stillroom.encoder import Encoder, weights_hash
 from stillroom.errors import WrongInput
+from stillroom.generator import Generator
 
 INPUTS = "inputs.json"
 """Name of the file that holds what a run started from."""
 
 
-def inputs_of(dataset: Dataset, teacher: Encoder, student: Encoder, tokens: Tokens) -> dict[str, str]:
+def inputs_of(
+    dataset: Dataset,
+    teacher: Encoder,
+    student: Encoder,
+    tokens: Tokens,
+    generator: Generator | None = None,
+) -> dict[str, str]:
     """Return the SHA-256 of everything the student is made from, by name.
 
-    The teacher's weights, the student's at the start, and of each split tokens and labels.
+    The teacher's weights, the student's and the generator's at the start, and of each split tokens
+    and labels.
     """
     found = {"teacher": weights_hash(teacher.model), "student at the start": weights_hash(student.model)}
+    if generator is not None:
+        found["generator at the start"] = weights_hash(generator.model)
     for name, rows in dataset.splits.items():
         digest = hashlib.sha256(rows.labels.tobytes())
         for kept in (tokens.student[name], tokens.teacher[name]):

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from stillroom import durable, encoder, methods, preflight, provenance, student
+from stillroom import durable, encoder, generator, methods, preflight, provenance, student
 from stillroom.data import sources
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import TokenisedRows, Tokens, fingerprint, tokenise
@@ -22,6 +22,7 @@ from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predict import predict
+from stillroom.generator import Generator
 from stillroom.methods.base import Context, Plan
 from stillroom.provenance import environment
 from stillroom.recipe import FinetuneRecipe, MethodSettings, Recipe
@@ -85,7 +86,9 @@ def distill(
         checked = preflight.check(parts.to_check(recipe, folder), console)
         if dry_run:
             return checked
-        inputs = provenance.inputs_of(parts.dataset, parts.teacher, parts.student, parts.tokens)
+        inputs = provenance.inputs_of(
+            parts.dataset, parts.teacher, parts.student, parts.tokens, parts.generator
+        )
         machine = environment(bf16=parts.bf16)
         if resume:
             provenance.require_same(folder, inputs, machine, console)
@@ -187,6 +190,7 @@ class _Parts:
     plan: Plan
     tokens: Tokens
     bf16: bool
+    generator: Generator | None = None
 
     @classmethod
     def load(cls, recipe: Recipe, console: Console) -> "_Parts":
@@ -202,7 +206,9 @@ class _Parts:
         same = alike and min(most, made.positions) == min(most, teacher.positions)
         teacher_tokens = student_tokens if same else _tokens(dataset, teacher, most, console)
         tokens = Tokens(student_tokens, teacher_tokens)
-        return cls(dataset, teacher, made, plan, tokens, use_bf16(recipe.training.precision))
+        writer = None if plan.augmentation is None else generator.load(plan.augmentation.generator)
+        bf16 = use_bf16(recipe.training.precision)
+        return cls(dataset, teacher, made, plan, tokens, bf16, writer)
 
     def to_check(self, recipe: Recipe, folder: Path) -> preflight.Run:
         """Return the run as the checks before the first step see it."""
@@ -217,6 +223,7 @@ class _Parts:
             folder,
             self.bf16,
             recipe.control,
+            self.generator,
         )
 
     def train(self, recipe: Recipe, folder: Path, console: Console) -> Trained:
@@ -236,6 +243,8 @@ class _Parts:
             self.bf16,
             evaluate,
             folder,
+            self.generator,
+            live,
         )
         trained = train(job, console, recipe.model_dump(mode="json"))
         self.student.save(folder / STUDENT)
@@ -258,7 +267,7 @@ def _train_control(recipe: Recipe, parts: _Parts, folder: Path, console: Console
     alone = recipe.model_copy(update={"method": MethodSettings(name="none"), "control": False})
     made = student.build(recipe.student, parts.teacher, parts.dataset.task, seed=recipe.training.seed)
     plan = methods.build(alone.method, _context(parts.dataset, made, parts.teacher))
-    replace(parts, student=made, plan=plan).train(alone, folder, console)
+    replace(parts, student=made, plan=plan, generator=None).train(alone, folder, console)
     return made
 
 

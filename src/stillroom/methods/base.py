@@ -1,7 +1,7 @@
-"""The protocol: a method is stages of weighted terms, on inputs that may be perturbed first."""
+"""The protocol: a method is stages of weighted terms, on rows that may be perturbed or augmented first."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,7 +46,10 @@ class Term(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """Return the term as a scalar; the teacher's outputs carry no gradient."""
+        """Return the term as a scalar.
+
+        The teacher's outputs carry no gradient, but in a generator step, for terms that it raises.
+        """
 
     def after_step(self) -> None:
         """Update state that no gradient moves, once per optimiser step. Nothing by default."""
@@ -57,12 +60,14 @@ class Stage:
     """A stretch of training: from which fraction of the steps on, which terms, which weights.
 
     Terms that are not named are not computed. `perturb` says whether the method's perturbation is
-    used in this stage.
+    used in this stage. `augmented` weighs terms that are computed on augmented rows, beside
+    `weights` on the rows as they are; a term may stand in both.
     """
 
     start: float
     weights: Mapping[str, float]
     perturb: bool = False
+    augmented: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,29 +79,81 @@ class Perturbation:
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """Rewrite masked words with a masked language model, the generator, trained against the student.
+
+    Of every `generator_steps + student_steps` steps the first ones move the generator, so that
+    `weights` times terms on augmented rows rises, and the others move the student.
+    """
+
+    generator: str
+    """A folder or hub id of a masked language model."""
+    weights: Mapping[str, float]
+    """Which terms the generator raises, with which weights."""
+    mask_probability: float
+    masks: Literal["fresh", "fixed"]
+    """Whether a row's masked words are drawn anew in every step, or once for all of them."""
+    generator_steps: int
+    student_steps: int
+    learning_rate: float
+    """Peak rate of the generator; it rises and falls as the student's does."""
+    student_mode: Literal["eval", "train"]
+    """Whether the student has dropout in generator steps. With `train` the generator always has it."""
+    projections: Literal["frozen", "adv", "min"] = "frozen"
+    """In generator steps the terms' own parameters stay, raise the terms as well, or lower them."""
+
+    def moves_generator(self, step: int) -> bool:
+        """Return whether a step (from 0) is a generator step.
+
+        Example:
+            >>> rule = Augmentation("g", {"soft": 1.0}, 0.3, "fresh", 10, 100, 5e-7, "eval")
+            >>> [rule.moves_generator(step) for step in (0, 9, 10, 109, 110)]
+            [True, True, False, False, True]
+        """
+        return step % (self.generator_steps + self.student_steps) < self.generator_steps
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a method does in a given context: terms by name, stages in order, a perturbation."""
+    """What a method does in a given context: terms by name, stages in order, changes of the input."""
 
     terms: Mapping[str, Term]
     stages: tuple[Stage, ...]
     perturbation: Perturbation | None = None
+    augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         starts = [stage.start for stage in self.stages]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError(f"stages must start at 0 and rise, found {starts}")
+        raised = {} if self.augmentation is None else self.augmentation.weights
         for stage in self.stages:
-            unknown = set(stage.weights) - set(self.terms)
-            if unknown or not stage.weights:
-                raise ValueError(f"a stage needs terms of the plan, found {sorted(stage.weights)}")
+            named = {*stage.weights, *stage.augmented, *raised}
+            if named - set(self.terms) or not stage.weights:
+                raise ValueError(f"a stage needs terms of the plan, found {sorted(named)}")
+            if stage.augmented and self.augmentation is None:
+                raise ValueError("terms on augmented rows need an augmentation")
+        if self.perturbation is not None and self.augmentation is not None:
+            raise ValueError("a plan perturbs or augments its rows, it does not do both")
+
+    def used_terms(self) -> dict[str, Term]:
+        """Return the terms that some step computes."""
+        used = set() if self.augmentation is None else set(self.augmentation.weights)
+        used = used.union(*({*stage.weights, *stage.augmented} for stage in self.stages))
+        return {name: term for name, term in self.terms.items() if name in used}
 
     def student_needs(self, stage: Stage) -> Needs:
-        """Return what the stage's terms read of the student."""
+        """Return what the stage's terms read of the student, on the rows as they are."""
         return _sum_needs(self.terms[name].student_needs for name in stage.weights)
 
     def teacher_needs(self, stage: Stage) -> Needs:
-        """Return what the stage's terms read of the teacher."""
+        """Return what the stage's terms read of the teacher, on the rows as they are."""
         return _sum_needs(self.terms[name].teacher_needs for name in stage.weights)
+
+    def augmented_needs(self, names: Iterable[str]) -> tuple[Needs, Needs]:
+        """Return what terms read of student and teacher on augmented rows."""
+        terms = [self.terms[name] for name in names]
+        return _sum_needs(t.student_needs for t in terms), _sum_needs(t.teacher_needs for t in terms)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ _REST: tuple[Check, ...] = (
     models.layers,
     models.attention,
     models.perturbation,
+    models.augmentation,
     data.batches,
     data.blank_texts,
     data.repeated_rows,

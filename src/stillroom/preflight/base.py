@@ -12,6 +12,7 @@ from stillroom.data.tasks import Dataset, Rows
 from stillroom.data.tokens import Tokens
 from stillroom.encoder import Encoder, Needs
 from stillroom.errors import WrongInput
+from stillroom.generator import Generator
 from stillroom.methods.base import Plan, Term
 from stillroom.recipe import TrainingSettings
 
@@ -35,6 +36,7 @@ class Run:
     folder: Path
     bf16: bool
     control: bool = False
+    generator: Generator | None = None
 
     def splits(self) -> list[tuple[str, Rows]]:
         """Return the splits that the run reads, by name."""
@@ -48,8 +50,7 @@ class Run:
 
     def terms(self) -> dict[str, Term]:
         """Return the terms that some stage computes."""
-        used = {name for stage in self.plan.stages for name in stage.weights}
-        return {name: term for name, term in self.plan.terms.items() if name in used}
+        return self.plan.used_terms()
 
     def learns_from_teacher(self) -> bool:
         """Return whether any term reads anything of the teacher."""

@@ -62,7 +62,8 @@ def _need(run: Run) -> int:
     checkpoints = run.training.keep_checkpoints + 1
     trained = checkpoints * copies * weights + weights
     terms = sum(_bytes(term) for term in run.terms().values())
-    return trained * (2 if run.control else 1) + checkpoints * 3 * terms
+    generator = 0 if run.generator is None else _bytes(run.generator)
+    return trained * (2 if run.control else 1) + checkpoints * 3 * (terms + generator)
 
 
 def _bytes(module: nn.Module) -> int:

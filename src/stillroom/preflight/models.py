@@ -8,14 +8,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from stillroom.data.batching import Inputs, make_batch
+from stillroom.data.batching import Inputs, make_batch, pad
 from stillroom.data.tasks import Kind, Task
 from stillroom.data.tokens import TokenisedRows, fingerprint
 from stillroom.encoder import Encoder, Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
+from stillroom.generator import REMEDY
 from stillroom.preflight.base import SPLITS, Report, Run, listed, shortened
 from stillroom.teacher.live import LiveTeacher
+from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller
 
 _TRIAL_ROWS = 4
@@ -220,6 +222,71 @@ def perturbation(run: Run, report: Report) -> None:
         )
 
 
+def augmentation(run: Run, report: Report) -> None:
+    """Generator, teacher and student have one vocabulary, read the same tokens, and take embeddings."""
+    if run.plan.augmentation is None or run.generator is None or run.teacher is None:
+        return
+    name, ours = run.plan.augmentation.generator, run.student.tokenizer.get_vocab()
+    for who, other in (("generator", run.generator), ("teacher", run.teacher)):
+        theirs = other.tokenizer.get_vocab()
+        differ = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
+        if differ:
+            report.error(
+                f"The words that the generator {name} writes are read by teacher and student, so all "
+                f"three need one vocabulary: the student's has {len(ours)} tokens, the {who}'s "
+                f"{len(theirs)}, and {len(differ)} differ, such as {differ[0]!r}. Use a student with the "
+                "teacher's tokenizer and a generator that was trained with it: "
+                f"{REMEDY.format(model='ENCODER')}."
+            )
+            return
+    tokens, others = run.tokens.student["train"], run.tokens.teacher["train"]
+    if not np.array_equal(tokens.lengths, others.lengths) or not np.array_equal(tokens.ids, others.ids):
+        report.error(
+            "Student and teacher have one vocabulary, but cut the texts of train differently. Set "
+            f"dataset.max_length={min(run.student.positions, run.teacher.positions)}, or use a student "
+            "with the teacher's tokenizer."
+        )
+    longest = int(tokens.lengths.max())
+    if longest > run.generator.positions:
+        report.error(
+            f"The generator {name} reads {run.generator.positions} tokens, and a row of train has "
+            f"{longest}. Set dataset.max_length={run.generator.positions}, or give another generator."
+        )
+        return
+    generator: Any = run.generator.model
+    models = [(who, model.words) for who, model in run.models()]
+    for who, table in [*models, ("generator", generator.get_output_embeddings().weight)]:
+        if len(table) < len(ours):
+            report.error(
+                f"The tokenizer has {len(ours)} tokens, the {who} only {len(table)}. Copy model and "
+                "tokenizer from the same place."
+            )
+    for who, model in run.models():
+        _takes_words(who, model, run, report)
+
+
+def _takes_words(who: str, model: Encoder, run: Run, report: Report) -> None:
+    """The model computes the same from word embeddings as from the ids that they belong to."""
+    inputs = pad(run.tokens.student["train"], np.arange(min(_TRIAL_ROWS, len(run.tokens.student["train"]))))
+    inputs = inputs.to(model.words.device)
+    reason = "its logits change by "
+    try:
+        with torch.no_grad():
+            want = model.eval()(inputs, Needs(logits=True)).logits
+            found = model(inputs, Needs(logits=True), words=model.words[inputs.input_ids]).logits
+        change = float((found - want).abs().max())
+        if change <= 1e-3 * (1 + float(want.abs().max())):
+            return
+        reason += f"up to {change:.3g}"
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        reason = f"it raises {type(error).__name__}: {error}"
+    report.error(
+        f"Augmented rows reach a model as word embeddings, and the {who}, a {type(model.model).__name__}, "
+        f"cannot be given them in place of token ids: {reason}. Use a model of another family, or a "
+        "method without augmentation."
+    )
+
+
 def trial(run: Run, report: Report) -> None:
     """The loss of every stage can be computed, and is finite, on a few rows.
 
@@ -229,16 +296,23 @@ def trial(run: Run, report: Report) -> None:
     least = max(term.least_rows for term in run.terms().values())
     rows = run.dataset.splits["train"]
     index = np.arange(min(len(rows), max(least, _TRIAL_ROWS)))
-    batch = make_batch(index, rows, run.tokens.student["train"], run.tokens.teacher["train"]).to(device)
+    made = make_batch(index, rows, run.tokens.student["train"], run.tokens.teacher["train"])
+    batch = made.to(device)
     with torch.random.fork_rng():
         # A copy: terms keep state of the rows they see.
-        distiller = Distiller(run.student, copy.deepcopy(run.plan), bf16=run.bf16).to(device)
+        plan = copy.deepcopy(run.plan)
+        distiller = Distiller(run.student, plan, bf16=run.bf16).to(device)
+        augmenter = teacher = None
+        if run.teacher is not None:
+            teacher = LiveTeacher(run.teacher, device=device, bf16=run.bf16)
+        if run.generator is not None and teacher is not None:
+            augmenter = Augmenter(plan, run.generator, teacher, distiller, seed=0, bf16=run.bf16)
         for number, stage in enumerate(run.plan.stages, start=1):
-            outputs = Outputs(torch.empty(0))
-            if run.teacher is not None:
-                teacher = LiveTeacher(run.teacher, device=device, bf16=run.bf16)
-                outputs = teacher(batch, run.plan.teacher_needs(stage))
-            found = distiller(batch, outputs, stage).terms
+            outputs = teacher(batch, plan.teacher_needs(stage)) if teacher else Outputs(torch.empty(0))
+            augmented = augmenter and augmenter.augment(batch, augmenter.draw(made, 0), stage)
+            found = distiller(batch, outputs, stage, augmented).terms
+            if augmenter is not None:
+                found |= augmenter.objective(batch, augmenter.draw(made, 0)).terms
             wrong = [f"{name} = {value.item()}" for name, value in found.items() if not value.isfinite()]
             if wrong:
                 report.error(

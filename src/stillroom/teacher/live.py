@@ -1,9 +1,9 @@
 """The teacher as the model itself: frozen, in evaluation mode, computed anew for each batch."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stillroom.data.batching import Batch
+from stillroom.data.batching import Batch, Inputs
 from stillroom.encoder import Encoder, Needs, Outputs
 
 
@@ -26,8 +26,12 @@ class LiveTeacher:
 
         A stage that needs nothing of the teacher costs nothing.
         """
+        return self.of_words(batch.teacher, needs, None)
+
+    def of_words(self, inputs: Inputs, needs: Needs, words: Tensor | None) -> Outputs:
+        """Return the same with a gradient to `words`, which stand for the rows' word embeddings."""
         if needs == Needs():
             return Outputs(torch.empty(0, device=self._device))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            outputs: Outputs = self.encoder(batch.teacher, needs)
+            outputs: Outputs = self.encoder(inputs, needs, words=words)
         return outputs.float()

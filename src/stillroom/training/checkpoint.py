@@ -11,13 +11,20 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stillroom import durable
+from stillroom.generator import Generator
+from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller
 
+GENERATOR = "generator.safetensors"
+"""Name of a checkpoint's file with the generator's weights, where the run trains one."""
+
 _PREFIX = "step-"
+_GENERATOR_OPTIMIZER = "generator_optimizer.safetensors"
 Weights = dict[str, Tensor]
+Parameters = dict[str, nn.Parameter]
 
 
 @dataclass
@@ -39,6 +46,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     best: Weights | None,
+    augmenter: Augmenter | None = None,
     *,
     keep: int,
 ) -> Path:
@@ -52,13 +60,20 @@ def save(
         optimizer: Its state is stored by parameter name.
         progress: Where the run stands.
         best: The student of the best evaluation, where that is not the present one.
+        augmenter: The generator and its optimiser, where the run has one.
         keep: How many of the newest stay.
     """
     target = folder / f"{_PREFIX}{progress.step:08d}"
     with durable.new_folder(target) as aside:
         save_file(_cpu(distiller.student.model.state_dict()), aside / "student.safetensors")
         save_file(_cpu(distiller.terms.state_dict()), aside / "terms.safetensors")
-        save_file(_cpu(_optimizer_state(distiller, optimizer)), aside / "optimizer.safetensors")
+        own = dict(distiller.named_parameters())
+        save_file(_cpu(_optimizer_state(own, optimizer)), aside / "optimizer.safetensors")
+        if augmenter is not None:
+            # Parameters once each: a tied decoder has two names in the state.
+            save_file(_cpu(dict(augmenter.generator.model.named_parameters())), aside / GENERATOR)
+            moments = _optimizer_state(augmenter.trained, augmenter.optimizer)
+            save_file(_cpu(moments), aside / _GENERATOR_OPTIMIZER)
         save_file(_random_states(), aside / "random.safetensors")
         if best is not None:
             save_file(best, aside / "best.safetensors")
@@ -92,20 +107,36 @@ def newest_sound(folder: Path, console: Console) -> Path | None:
 
 
 def restore(
-    path: Path, distiller: Distiller, optimizer: torch.optim.Optimizer
+    path: Path,
+    distiller: Distiller,
+    optimizer: torch.optim.Optimizer,
+    augmenter: Augmenter | None = None,
 ) -> tuple[Progress, Weights | None]:
-    """Load a sound checkpoint into the distiller, the optimiser and the random states.
+    """Load a sound checkpoint into the distiller, the optimiser, the generator and the random states.
 
     Returns:
         Where the run stood, and the best student if that is another one.
     """
     distiller.student.model.load_state_dict(load_file(path / "student.safetensors"))
     distiller.terms.load_state_dict(load_file(path / "terms.safetensors"))
-    _load_optimizer(distiller, optimizer, load_file(path / "optimizer.safetensors"))
+    own = dict(distiller.named_parameters())
+    _load_optimizer(own, optimizer, load_file(path / "optimizer.safetensors"))
+    if augmenter is not None:
+        load_generator(augmenter.generator, path)
+        stored = load_file(path / _GENERATOR_OPTIMIZER)
+        _load_optimizer(augmenter.trained, augmenter.optimizer, stored)
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     _restore_random(load_file(path / "random.safetensors"), state["python_random"], state["numpy_gauss"])
     best = path / "best.safetensors"
     return Progress(**state["progress"]), load_file(best) if best.exists() else None
+
+
+@torch.no_grad()
+def load_generator(generator: Generator, path: Path) -> None:
+    """Load a checkpoint's weights into the generator that the run started from."""
+    stored = load_file(path / GENERATOR)
+    for name, parameter in generator.model.named_parameters():
+        parameter.copy_(stored[name])
 
 
 def student_weights(distiller: Distiller) -> Weights:
@@ -121,16 +152,15 @@ def _cpu(weights: dict[str, Any]) -> Weights:
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
-def _optimizer_state(distiller: Distiller, optimizer: torch.optim.Optimizer) -> Weights:
+def _optimizer_state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> Weights:
     state = {}
-    for name, parameter in distiller.named_parameters():
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"{name}/{key}"] = value
     return state
 
 
-def _load_optimizer(distiller: Distiller, optimizer: torch.optim.Optimizer, stored: Weights) -> None:
-    parameters = dict(distiller.named_parameters())
+def _load_optimizer(parameters: Parameters, optimizer: torch.optim.Optimizer, stored: Weights) -> None:
     for name, value in stored.items():
         parameter, key = name.rsplit("/", 1)
         owner = parameters[parameter]

@@ -1,5 +1,6 @@
 """Student and terms in one module, so that one forward pass returns the loss."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,14 @@ class Loss:
     terms: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Augmented:
+    """A batch with other words in it, and what the teacher computed on it."""
+
+    batch: Batch
+    teacher: Outputs
+
+
 class Distiller(nn.Module):
     """What is trained: the student and the parameters of the plan's terms."""
 
@@ -29,34 +38,45 @@ class Distiller(nn.Module):
         self._plan = plan
         self._bf16 = bf16
 
-    def forward(self, batch: Batch, teacher: Outputs, stage: Stage) -> Loss:
+    def forward(
+        self, batch: Batch, teacher: Outputs, stage: Stage, augmented: Augmented | None = None
+    ) -> Loss:
         """Return the stage's loss on a batch, on perturbed embeddings where the stage says so.
 
         The perturbation's first pass computes the gradient of the embeddings and of nothing else;
-        the teacher's outputs serve both passes.
+        the teacher's outputs serve both passes. Terms on augmented rows are added, under
+        `augmented_NAME`.
         """
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=self._bf16):
             needs = self._plan.student_needs(stage)
             offset = None
             if stage.perturb and self._plan.perturbation is not None:
                 clean = self.student(batch.student, needs | Needs(embeddings=True))
-                loss = self._loss(clean, teacher, batch, stage)
+                loss = self.weigh(clean, teacher, batch, stage.weights)
                 # Autocast would reach into the backward pass and round the terms' gradients too.
                 with torch.autocast(batch.labels.device.type, enabled=False):
                     (gradient,) = torch.autograd.grad(loss.total, clean.embeddings)
                 rule = self._plan.perturbation
                 offset = perturbation(gradient, epsilon=rule.epsilon, norm=rule.norm)
-            return self._loss(self.student(batch.student, needs, offset), teacher, batch, stage)
+            loss = self.weigh(self.student(batch.student, needs, offset), teacher, batch, stage.weights)
+            if augmented is None:
+                return loss
+            needs, _ = self._plan.augmented_needs(stage.augmented)
+            student = self.student(augmented.batch.student, needs)
+            more = self.weigh(student, augmented.teacher, augmented.batch, stage.augmented)
+            named = {f"augmented_{name}": value for name, value in more.terms.items()}
+            return Loss(loss.total + more.total, loss.terms | named)
 
     def after_step(self, stage: Stage) -> None:
         """Let the stage's terms update what no gradient moves."""
-        for name in stage.weights:
+        for name in dict.fromkeys((*stage.weights, *stage.augmented)):
             self._plan.terms[name].after_step()
 
-    def _loss(self, student: Outputs, teacher: Outputs, batch: Batch, stage: Stage) -> Loss:
+    def weigh(self, student: Outputs, teacher: Outputs, batch: Batch, weights: Mapping[str, float]) -> Loss:
+        """Return the weighted sum of terms on what student and teacher computed."""
         student = student.float()
         # Cosines and small norms are wrong in half precision: terms compute in float32.
         with torch.autocast(batch.labels.device.type, enabled=False):
-            terms = {name: self.terms[name](student, teacher, batch) for name in stage.weights}
-        total = torch.stack([stage.weights[name] * value for name, value in terms.items()]).sum()
+            terms = {name: self.terms[name](student, teacher, batch) for name in weights}
+        total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return Loss(total, {name: value.detach() for name, value in terms.items()})

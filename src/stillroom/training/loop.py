@@ -30,10 +30,12 @@ from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows
 from stillroom.encoder import Encoder
 from stillroom.errors import RunFailed
+from stillroom.generator import Generator
 from stillroom.methods.base import Plan, Stage
 from stillroom.recipe import TrainingSettings
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training import checkpoint
+from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller, Loss
 
 LOG = "log.jsonl"
@@ -58,6 +60,10 @@ class Job:
     """Metrics on the validation split, the one that selects first."""
     folder: Path
     """Gets log.jsonl and checkpoints/."""
+    generator: Generator | None = None
+    """Where the plan augments rows. It is trained, and checkpointed with the run."""
+    live_teacher: LiveTeacher | None = None
+    """The teacher on augmented rows, which no recording can hold."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +167,13 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
     optimizer = _optimizer(distiller, settings)
     distiller, optimizer = accelerator.prepare(distiller, optimizer)
     trainable = [p for p in distiller.parameters() if p.requires_grad]
+    augmenter = _augmenter(job, distiller)
 
     folder = job.folder / CHECKPOINTS
     progress, best = checkpoint.Progress(), None
     found = checkpoint.newest_sound(folder, console)
     if found is not None:
-        progress, best = checkpoint.restore(found, distiller, optimizer)
+        progress, best = checkpoint.restore(found, distiller, optimizer, augmenter)
     log = _Log(job.folder / LOG, progress, folder, accelerator)
 
     with _bar(console) as bar:
@@ -176,25 +183,34 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
         distiller.train()
         for step, group in enumerate(steps, start=progress.step):
             number, stage = schedule.stage(step)
+            ascent = augmenter if augmenter and augmenter.moves_generator(step) else None
             losses: list[Loss] = []
             for rows in group:
-                batch = make_batch(rows, job.rows, job.student_tokens, job.teacher_tokens)
-                batch = batch.to(accelerator.device)
-                teacher = job.teacher and job.teacher(batch, job.plan.teacher_needs(stage))
-                loss = distiller(batch, teacher, stage)
+                made = make_batch(rows, job.rows, job.student_tokens, job.teacher_tokens)
+                batch = made.to(accelerator.device)
+                if ascent:
+                    loss = ascent.objective(batch, ascent.draw(made, step))
+                else:
+                    teacher = job.teacher and job.teacher(batch, job.plan.teacher_needs(stage))
+                    augmented = augmenter and augmenter.augment(batch, augmenter.draw(made, step), stage)
+                    loss = distiller(batch, teacher, stage, augmented)
                 accelerator.backward(loss.total / len(group))
                 losses.append(Loss(loss.total.detach(), loss.terms))
                 progress.examples += len(rows)
                 progress.tokens += int(job.student_tokens.lengths[rows].sum())
-            norm = clip_grad_norm_(trainable, settings.max_grad_norm)
             rate = schedule.learning_rate(step)
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            distiller.after_step(stage)
+            if ascent:
+                share = rate / settings.learning_rate
+                norm = ascent.step(rate, share, max_norm=settings.max_grad_norm)
+            else:
+                norm = clip_grad_norm_(trainable, settings.max_grad_norm)
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+                distiller.after_step(stage)
             progress.step = step + 1
-            log.note(progress.step, number, losses, norm)
+            log.note(progress.step, number, losses, norm, total="objective" if ascent else "loss")
 
             if progress.step % settings.log_every == 0 or progress.step == schedule.steps:
                 progress.seconds += time.perf_counter() - started
@@ -215,7 +231,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
                 progress.seconds += time.perf_counter() - started
                 log.check()
                 checkpoint.save(
-                    folder, distiller, optimizer, progress, best, keep=settings.keep_checkpoints
+                    folder, distiller, optimizer, progress, best, augmenter, keep=settings.keep_checkpoints
                 )
                 started = time.perf_counter()
             if done:
@@ -249,6 +265,15 @@ def _optimizer(distiller: nn.Module, settings: TrainingSettings) -> torch.optim.
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-8, fused=True)
+
+
+def _augmenter(job: Job, distiller: Distiller) -> Augmenter | None:
+    if job.plan.augmentation is None:
+        return None
+    if job.generator is None or job.live_teacher is None:
+        raise ValueError("a plan that augments rows needs a generator and a live teacher")
+    seed, bf16 = job.settings.seed, job.bf16
+    return Augmenter(job.plan, job.generator, job.live_teacher, distiller, seed=seed, bf16=bf16)
 
 
 def _select(
@@ -294,9 +319,12 @@ class _Log:
         kept = [line for line in _lines(path) if line["step"] <= progress.step]
         durable.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def note(self, step: int, stage: int, losses: Sequence[Loss], norm: Tensor) -> None:
-        """Keep a step's values, averaged over its batches, on the device until they are read."""
-        values = {"loss": torch.stack([loss.total for loss in losses]).mean()}
+    def note(self, step: int, stage: int, losses: Sequence[Loss], norm: Tensor, *, total: str) -> None:
+        """Keep a step's values, averaged over its batches, on the device until they are read.
+
+        `total` is `loss`, or `objective` for what a generator step raises.
+        """
+        values = {total: torch.stack([loss.total for loss in losses]).mean()}
         for name in losses[0].terms:
             values[name] = torch.stack([loss.terms[name] for loss in losses]).mean()
         self._pending.append((step, stage, values | {"gradient_norm": norm.detach()}))
