@@ -16,6 +16,7 @@ from stillroom.recipe import (
     FinetuneRecipe,
     MethodSettings,
     Recipe,
+    TeacherSettings,
     TrainingSettings,
     nearest,
     read_yaml,
@@ -90,6 +91,8 @@ def test_an_option_of_another_method_is_refused() -> None:
         ("control=maybe", "control: .*boolean.*found 'maybe'"),
         ("dataset.max_length=4", "dataset.max_length: .*greater than or equal to 8"),
         ("dataset.kind=ranking", "dataset.kind"),
+        ("teacher.max_bytes=-1", "teacher.max_bytes: .*greater than or equal to 0"),
+        ("teacher.cache=true", "teacher.cache: .*string.*found True"),
         ("method.switch=2", "method.switch: .*less than or equal to 1.*found 2"),
         ("method.vector=every", "method.vector: .*'token', 'cls' or 'mean'.*found 'every'"),
         ("method.layer_map=[a]", "method.layer_map"),
@@ -116,6 +119,8 @@ def test_a_missing_key_is_named() -> None:
         FinetuneRecipe.load()
     with pytest.raises(WrongInput, match=r"Missing key dataset.name"):
         Recipe.load(teacher="t", dataset={"max_length": 9})
+    with pytest.raises(WrongInput, match=r"Missing key teacher.name"):
+        Recipe.load(teacher={"cache": "off"}, dataset="glue/cola")
 
 
 def test_patience_needs_selection_of_the_best() -> None:
@@ -217,6 +222,7 @@ control: true
     [
         FULL,
         "teacher: t\ndataset: glue/cola\n",
+        "teacher: {name: t, cache: off, max_bytes: 1000}\ndataset: glue/cola\n",
         "teacher: t\ndataset: glue/cola\nmethod: none\n",
         "teacher: t\ndataset: glue/cola\nmethod: {name: kd, temperature: 3.3333333333333335}\n",
     ],
@@ -240,6 +246,7 @@ def test_a_saved_recipe_spells_every_setting_out(tmp_path: Path) -> None:
     methods.resolve(recipe()).save(tmp_path / "r.yaml")
     found = yaml.safe_load((tmp_path / "r.yaml").read_text())
     assert found["training"].keys() == TrainingSettings.model_fields.keys()
+    assert found["teacher"].keys() == TeacherSettings.model_fields.keys()
     assert found["dataset"].keys() == DatasetSettings.model_fields.keys()
     assert found["method"].keys() == {"name", *methods.find("lrc-bert").settings.model_fields}
 
@@ -261,17 +268,22 @@ def test_what_is_given_beside_a_file_takes_precedence(tmp_path: Path) -> None:
     found = Recipe.load(
         tmp_path / "r.yaml", ["training.epochs=1"], teacher="other", dataset="glue/rte", method="kd"
     )
-    assert (found.teacher, found.student, found.training.epochs) == ("other", "layers:2,4", 1)
+    assert (found.teacher.name, found.student, found.training.epochs) == ("other", "layers:2,4", 1)
     assert found.training.learning_rate == 3e-4
     # Another data set keeps the settings beside its name; another method drops the old one's options.
     assert found.dataset.name == "glue/rte" and found.dataset.max_length == 64
     assert found.method == MethodSettings(name="kd")
-    assert Recipe.load(tmp_path / "r.yaml", teacher=None).teacher == "teachers/cola"
+    assert Recipe.load(tmp_path / "r.yaml", teacher=None).teacher.name == "teachers/cola"
+    # Another teacher is recorded where the first was to be.
+    (tmp_path / "s.yaml").write_text("teacher: {name: t, cache: off}\ndataset: glue/cola\n")
+    assert Recipe.load(tmp_path / "s.yaml", teacher="u").teacher == TeacherSettings(name="u", cache="off")
 
 
 def test_a_name_stands_for_a_section() -> None:
     found = recipe(method="kd")
     assert found.dataset == DatasetSettings(name="glue/cola")
+    assert found.teacher == TeacherSettings(name="t", cache="auto", max_bytes=None)
+    assert recipe("teacher.max_bytes=1").teacher == TeacherSettings(name="t", max_bytes=1)
     assert found.method.name == "kd" and found.method.options == {}
     assert recipe("method=none").method.name == "none"
 

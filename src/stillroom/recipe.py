@@ -49,6 +49,17 @@ class DatasetSettings(Settings):
     """Use only this many training rows, drawn with a fixed seed (0). Default: all."""
 
 
+class TeacherSettings(Settings):
+    """Which model teaches, and what is recorded of it."""
+
+    name: str
+    """A fine-tuned sequence-classification encoder: a local folder or a hub id."""
+    cache: Annotated[str, Field(min_length=1)] = "auto"
+    """Where its outputs are recorded: a folder; `auto`: Stillroom's own, where it saves time; `off`."""
+    max_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Most bytes to record; the rest is computed live. Default: 20 GB, or 10 % of the free disk if less."""
+
+
 class MethodSettings(BaseModel):
     """A method's name, and its own options beside it, which the method itself checks."""
 
@@ -119,10 +130,10 @@ class _RecipeFile(Settings):
     @model_validator(mode="before")
     @classmethod
     def _names_stand_for_sections(cls, values: Any) -> Any:
-        """`dataset: glue/cola` and `method: kd` are short for sections with only a name."""
+        """`dataset: glue/cola`, `teacher: DIR` and `method: kd` are sections with only a name."""
         if isinstance(values, Mapping):
             values = dict(values)
-            for section in ("dataset", "method"):
+            for section in ("dataset", "teacher", "method"):
                 if isinstance(values.get(section), str):
                     values[section] = {"name": values[section]}
         return values
@@ -154,7 +165,7 @@ class _RecipeFile(Settings):
                 old = values.get(key)
                 if isinstance(old, dict) and isinstance(value, str):
                     # A name given beside a section replaces the name; another method drops options.
-                    value = {**old, "name": value} if key == "dataset" else {"name": value}
+                    value = {"name": value} if key == "method" else {**old, "name": value}
                 values[key] = value
         for override in overrides:
             set_value(values, override)
@@ -171,8 +182,8 @@ class _RecipeFile(Settings):
 class Recipe(_RecipeFile):
     """All of a run. Saved as `recipe.yaml`; running that again gives the same student."""
 
-    teacher: str
-    """A fine-tuned sequence-classification encoder: a local folder or a hub id."""
+    teacher: TeacherSettings
+    """The model that is distilled; `teacher: DIR` is short for its name."""
     student: str = "4x312"
     """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
     method: MethodSettings = MethodSettings()

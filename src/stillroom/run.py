@@ -76,7 +76,7 @@ def distill(
             for place in (folder, folder / CONTROL):
                 durable.remove_leftovers(place)
         if not resume:
-            teacher = Path(recipe.teacher).absolute()
+            teacher = Path(recipe.teacher.name).absolute()
             durable.require_empty(
                 folder,
                 "Give another folder, or go on with --resume.",
@@ -195,7 +195,7 @@ class _Parts:
     @classmethod
     def load(cls, recipe: Recipe, console: Console) -> "_Parts":
         dataset = sources.load(recipe.dataset)
-        teacher = encoder.load(recipe.teacher)
+        teacher = encoder.load(recipe.teacher.name)
         preflight.require_same_head(dataset.task, teacher)
         made = student.build(recipe.student, teacher, dataset.task, seed=recipe.training.seed)
         torch.manual_seed(recipe.training.seed)
@@ -307,7 +307,7 @@ def _measure(
     student_tokens = parts.tokens.student["validation"]
     teacher_tokens = parts.tokens.teacher["validation"]
     models = {
-        "teacher": (parts.teacher, teacher_tokens, encoder.locate(recipe.teacher)),
+        "teacher": (parts.teacher, teacher_tokens, encoder.locate(recipe.teacher.name)),
         "student": (parts.student, student_tokens, str(folder / STUDENT)),
     }
     if control is not None:

@@ -155,7 +155,7 @@ def _text(value: Any) -> str:
 
 
 def _show(found: dict[str, Any], folder: Path) -> None:
-    from stillroom.recipe import read_yaml
+    from stillroom.recipe import Recipe
 
     metric = found["metric"]
     goal = found["teacher"]["metrics"][metric]
@@ -176,7 +176,7 @@ def _show(found: dict[str, Any], folder: Path) -> None:
                 kept,
                 *frame.cost_cells(model),
             )
-    models = shlex.join([read_yaml(folder / "recipe.yaml")["teacher"], str(folder)])
+    models = shlex.join([Recipe.load(folder / "recipe.yaml").teacher.name, str(folder)])
     frame.show(
         table,
         f"Student: {folder / 'student'}",
