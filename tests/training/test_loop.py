@@ -223,6 +223,39 @@ def test_log_every_thins_the_log_and_keeps_the_last_step(tmp_path: Path) -> None
     assert [(line["step"], line["epoch"]) for line in evaluations] == [(6, 1.0), (12, 2.0)]
 
 
+class Counts(HardLabels):
+    """Hard labels that count their updates, and how often they are asked for them."""
+
+    def __init__(self) -> None:
+        super().__init__("classification")
+        self.updates, self.asked = 0, 0
+
+    def after_step(self) -> None:
+        self.updates += 1
+
+    def record(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"updates": [self.updates]}
+
+
+def test_what_a_term_records_is_in_the_lines_that_are_written_and_asked_for_only_there(
+    tmp_path: Path,
+) -> None:
+    job = make_job(tmp_path, method="none", count=16, epochs=2, log_every=2)
+    counts = Counts()
+    terms = {"counts": counts, "hard": HardLabels("classification")}
+    job = replace(job, plan=Plan(terms, (Stage(0.0, {"counts": 1.0, "hard": 1.0}),)))
+    assert run(job).steps == 4
+    assert [line["record"] for line in steps_of(job)] == [
+        {"counts": {"updates": [2]}},
+        {"counts": {"updates": [4]}},
+    ]
+    assert counts.asked == 2
+    plain = make_job(tmp_path / "plain", method="none", count=16, epochs=1)
+    run(plain)
+    assert all("record" not in line for line in steps_of(plain))
+
+
 def test_bar_tells_name_steps_and_rate(tmp_path: Path) -> None:
     shown = io.StringIO()
     train(make_job(tmp_path), Console(file=shown, force_terminal=True, width=120))

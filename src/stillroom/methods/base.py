@@ -54,6 +54,14 @@ class Term(nn.Module, ABC):
     def after_step(self) -> None:
         """Update state that no gradient moves, once per optimiser step. Nothing by default."""
 
+    def record(self) -> dict[str, Any]:
+        """Return what a line of log.jsonl says of the last step beside the loss: plain JSON values.
+
+        Called when a line is written, never in between, and written as `record.<name of the term>`.
+        It must not wait for the device. Empty by default.
+        """
+        return {}
+
 
 @dataclass(frozen=True)
 class Stage:

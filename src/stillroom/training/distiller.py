@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,12 @@ class Distiller(nn.Module):
         """Let the stage's terms update what no gradient moves."""
         for name in dict.fromkeys((*stage.weights, *stage.augmented)):
             self._plan.terms[name].after_step()
+
+    def record(self, stage: Stage) -> dict[str, Any]:
+        """Return what the stage's terms have to say of the last step, by name of the term."""
+        names = dict.fromkeys((*stage.weights, *stage.augmented))
+        found = {name: self._plan.terms[name].record() for name in names}
+        return {name: values for name, values in found.items() if values}
 
     def weigh(self, student: Outputs, teacher: Outputs, batch: Batch, weights: Mapping[str, float]) -> Loss:
         """Return the weighted sum of terms on what student and teacher computed."""

@@ -214,7 +214,12 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
 
             if progress.step % settings.log_every == 0 or progress.step == schedule.steps:
                 progress.seconds += time.perf_counter() - started
-                speed = log.write(progress, epoch=schedule.epoch(progress.step), rate=rate)
+                speed = log.write(
+                    progress,
+                    epoch=schedule.epoch(progress.step),
+                    rate=rate,
+                    record=distiller.record(stage),
+                )
                 bar.update(task, completed=progress.step, rate=f"{speed:,.0f} examples/s")
                 started = time.perf_counter()
             if progress.step in schedule.evaluation_steps:
@@ -347,7 +352,9 @@ class _Log:
         self._pending.clear()
         return line
 
-    def write(self, progress: checkpoint.Progress, *, epoch: float, rate: float) -> float:
+    def write(
+        self, progress: checkpoint.Progress, *, epoch: float, rate: float, record: dict[str, Any]
+    ) -> float:
         """Append the newest step's line and return examples per second since the last one."""
         line = self.check()
         seconds = max(progress.seconds - self._last[2], 1e-9)
@@ -358,6 +365,8 @@ class _Log:
             "examples_per_second": round(speed, 1),
             "tokens_per_second": round((progress.tokens - self._last[1]) / seconds, 1),
         }
+        if record:
+            line["record"] = record
         self._last = (progress.examples, progress.tokens, progress.seconds)
         self._append(line)
         return speed
