@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from stillroom.errors import RunFailed, StillroomError, WrongInput
     from stillroom.evaluation.compare import evaluate
     from stillroom.recipe import DatasetSettings, FinetuneRecipe, Recipe
-    from stillroom.run import distill, finetune
+    from stillroom.run.distill import distill
+    from stillroom.run.finetune import finetune
 
     __version__: str
 
@@ -36,9 +37,9 @@ _HOMES = {
     "RunFailed": "stillroom.errors",
     "StillroomError": "stillroom.errors",
     "WrongInput": "stillroom.errors",
-    "distill": "stillroom.run",
+    "distill": "stillroom.run.distill",
     "evaluate": "stillroom.evaluation.compare",
-    "finetune": "stillroom.run",
+    "finetune": "stillroom.run.finetune",
 }
 
 

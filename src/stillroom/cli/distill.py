@@ -96,7 +96,7 @@ def distill(
 
     def work(console: Console) -> dict[str, Any]:
         from stillroom.recipe import Recipe
-        from stillroom.run import distill
+        from stillroom.run.distill import distill
 
         if resume is not None:
             beside = [name for name, value in fixed.items() if value is not None]

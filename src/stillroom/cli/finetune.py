@@ -37,7 +37,7 @@ def finetune(
 
     def work(console: Console) -> dict[str, Any]:
         from stillroom.recipe import FinetuneRecipe
-        from stillroom.run import finetune
+        from stillroom.run.finetune import finetune
 
         changes = frame.overrides(given, data_dir=data_dir, seed=seed)
         recipe = FinetuneRecipe.load(overrides=changes, model=model, dataset=dataset)

@@ -1,0 +1,1 @@
+"""What is run: a distillation, a fine-tuning, and many distillations compared."""

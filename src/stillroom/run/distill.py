@@ -1,0 +1,126 @@
+"""The whole path: recipe to data, teacher, method, loop, student, evaluation, `metrics.json`."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from stillroom import durable, encoder, methods, preflight
+from stillroom.encoder import Encoder
+from stillroom.errors import WrongInput
+from stillroom.evaluation import cost
+from stillroom.provenance import environment
+from stillroom.recipe import Recipe
+from stillroom.run.parts import (
+    CONTROL,
+    METRICS,
+    RECIPE,
+    STUDENT,
+    Common,
+    Parts,
+    evaluator,
+    training_figures,
+)
+from stillroom.training.loop import Trained
+
+
+def distill(
+    recipe: Recipe | None,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Distil the recipe's teacher into its student, and write the run folder.
+
+    Args:
+        recipe: What to do; None with `resume`, which reads the run's own recipe.
+        output: The run folder: new or empty, or with `resume` the run to continue.
+        resume: Go on from the newest sound checkpoint, to the same student bit for bit.
+        dry_run: Only check everything that can be checked before the first step.
+        console: Where progress goes; standard error by default.
+
+    Returns:
+        What `metrics.json` holds; with `dry_run` what the checks found.
+
+    Raises:
+        WrongInput: If anything about recipe, data, models or folder is not as expected.
+        RunFailed: If training cannot go on.
+
+    Example:
+        >>> recipe = Recipe.load(teacher="my-teacher", dataset="glue/sst2", student="layers:2,4,6")
+        >>> metrics = distill(recipe, "runs/sst2")  # doctest: +SKIP
+    """
+    console = console or Console(stderr=True)
+    folder = Path(output)
+    preflight.require_one_process()
+    if resume:
+        recipe = _recipe_of(folder)
+    if recipe is None:
+        raise ValueError("distill needs a recipe, or resume=True")
+    recipe = methods.resolve(recipe)
+    with contextlib.nullcontext() if dry_run else durable.locked(folder):
+        if not dry_run:
+            for place in (folder, folder / CONTROL):
+                durable.remove_leftovers(place)
+        if not resume:
+            teacher = Path(recipe.teacher.name).absolute()
+            durable.require_empty(
+                folder,
+                "Give another folder, or go on with --resume.",
+                besides=teacher if teacher.parent == folder.absolute() else None,
+            )
+        parts = Parts.of(recipe, Common.load(recipe, console), console)
+        checked = preflight.check(parts.to_check(recipe, folder), console)
+        if dry_run:
+            return checked
+        recipe = parts.start(recipe, folder, console, resume=resume)
+        trained = parts.train(recipe, folder, console)
+        control = None
+        if recipe.control:
+            alone, other = parts.control(recipe)
+            other.train(alone, folder / CONTROL, console)
+            control = other.student
+        metrics = _measure(recipe, parts, trained, control, folder)
+        durable.write_json(folder / METRICS, metrics)
+        return metrics
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    """Return the recipe of a run to resume."""
+    path = folder / RECIPE
+    if not path.exists():
+        raise WrongInput(
+            f"{folder} is no run to resume: it has no {RECIPE}. A run writes it once its checks "
+            "have passed; start it again without --resume."
+        )
+    return Recipe.load(path)
+
+
+def _measure(
+    recipe: Recipe, parts: Parts, trained: Trained, control: Encoder | None, folder: Path
+) -> dict[str, Any]:
+    """Return `metrics.json`: what each model gets right and costs, and what training took."""
+    student_tokens = parts.tokens.student["validation"]
+    teacher_tokens = parts.tokens.teacher["validation"]
+    models = {
+        "teacher": (parts.teacher, teacher_tokens, encoder.locate(recipe.teacher.name)),
+        "student": (parts.student, student_tokens, str(folder / STUDENT)),
+    }
+    if control is not None:
+        models["control"] = (control, student_tokens, str(folder / CONTROL / STUDENT))
+    timed = cost.milliseconds([(model, tokens) for model, tokens, _ in models.values()], bf16=False)
+    metrics: dict[str, Any] = {}
+    for (name, (model, tokens, place)), ms in zip(models.items(), timed, strict=True):
+        found = evaluator(parts.dataset, tokens, parts.bf16)(model)
+        metrics[name] = {"metrics": found, **cost.of(model, place, ms)}
+    first = parts.dataset.task.metrics[0]
+    goal = metrics["teacher"]["metrics"][first]
+    metrics["retained"] = metrics["student"]["metrics"][first] / goal if goal else None
+    metrics["metric"] = first
+    metrics["selected_step"] = trained.best_step or trained.steps
+    metrics["train"] = training_figures(trained)
+    metrics["environment"] = environment(bf16=parts.bf16)
+    return metrics

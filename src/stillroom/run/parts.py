@@ -1,0 +1,200 @@
+"""What a run needs, loaded: shared by all runs of a teacher on a data set, and of each run."""
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from stillroom import encoder, generator, methods, preflight, provenance, student
+from stillroom.data import sources
+from stillroom.data.tasks import Dataset
+from stillroom.data.tokens import TokenisedRows, Tokens, fingerprint, tokenise
+from stillroom.encoder import Encoder
+from stillroom.evaluation.metrics import score
+from stillroom.evaluation.predict import predict
+from stillroom.generator import Generator
+from stillroom.methods.base import Context, Plan
+from stillroom.provenance import environment
+from stillroom.recipe import MethodSettings, Recipe
+from stillroom.teacher.live import LiveTeacher
+from stillroom.training.loop import Job, Trained, train, use_bf16
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.json"
+STUDENT = "student"
+CONTROL = "control"
+
+
+@dataclass(frozen=True)
+class Common:
+    """What all runs of a teacher on a data set share, loaded once."""
+
+    dataset: Dataset
+    max_length: int
+    teacher: Encoder
+    teacher_tokens: dict[str, TokenisedRows]
+    bf16: bool
+    _tokens: dict[tuple[str, int], dict[str, TokenisedRows]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, recipe: Recipe, console: Console) -> Self:
+        """Return data and teacher of a recipe, or raise `WrongInput` where they do not fit."""
+        dataset = sources.load(recipe.dataset)
+        teacher = encoder.load(recipe.teacher.name)
+        preflight.require_same_head(dataset.task, teacher)
+        most = recipe.dataset.max_length
+        tokens = tokens_of(dataset, teacher, most, console)
+        made = cls(dataset, most, teacher, tokens, use_bf16(recipe.training.precision))
+        made._tokens[made._key(teacher)] = tokens
+        return made
+
+    def tokens(self, made: Encoder, console: Console) -> Tokens:
+        """Return the splits as this student and the teacher tokenise them; nothing is done twice."""
+        key = self._key(made)
+        if key not in self._tokens:
+            self._tokens[key] = tokens_of(self.dataset, made, self.max_length, console)
+        return Tokens(self._tokens[key], self.teacher_tokens)
+
+    def _key(self, model: Encoder) -> tuple[str, int]:
+        return fingerprint(model.tokenizer), min(self.max_length, model.positions)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One run: what a recipe makes of what is shared."""
+
+    dataset: Dataset
+    teacher: Encoder
+    student: Encoder
+    plan: Plan
+    tokens: Tokens
+    bf16: bool
+    generator: Generator | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, common: Common, console: Console) -> Self:
+        """Return a new student and the method's plan, beside what is shared."""
+        dataset, teacher = common.dataset, common.teacher
+        made = student.build(recipe.student, teacher, dataset.task, seed=recipe.training.seed)
+        torch.manual_seed(recipe.training.seed)
+        plan = methods.build(recipe.method, context_of(dataset, made, teacher))
+        tokens = common.tokens(made, console)
+        writer = None if plan.augmentation is None else generator.load(plan.augmentation.generator)
+        return cls(dataset, teacher, made, plan, tokens, common.bf16, writer)
+
+    def to_check(self, recipe: Recipe, folder: Path) -> preflight.Run:
+        """Return the run as the checks before the first step see it."""
+        return preflight.Run(
+            self.dataset,
+            recipe.dataset.max_length,
+            recipe.training,
+            self.student,
+            self.teacher,
+            self.plan,
+            self.tokens,
+            folder,
+            self.bf16,
+            recipe.control,
+            self.generator,
+        )
+
+    def train(self, recipe: Recipe, folder: Path, console: Console) -> Trained:
+        """Train the student in `folder` and save it there."""
+        live = LiveTeacher(self.teacher, device=Accelerator().device, bf16=self.bf16)
+        name = f"{recipe.method.name} ({folder.name})"
+        evaluate = evaluator(self.dataset, self.tokens.student["validation"], self.bf16)
+        job = Job(
+            name,
+            self.student,
+            live,
+            self.plan,
+            self.dataset.splits["train"],
+            self.tokens.student["train"],
+            self.tokens.teacher["train"],
+            recipe.training,
+            self.bf16,
+            evaluate,
+            folder,
+            self.generator,
+            live,
+        )
+        trained = train(job, console, recipe.model_dump(mode="json"))
+        self.student.save(folder / STUDENT)
+        return trained
+
+    def start(self, recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> Recipe:
+        """Write down what the run starts from, or with `resume` check that it still is that.
+
+        Returns:
+            The recipe with the precision spelt out, so that it stays what it is on a machine
+            without bf16.
+        """
+        inputs = provenance.inputs_of(self.dataset, self.teacher, self.student, self.tokens, self.generator)
+        machine = environment(bf16=self.bf16)
+        if resume:
+            provenance.require_same(folder, inputs, machine, console)
+            return recipe
+        provenance.save(folder, inputs, machine)
+        precision = {"precision": machine["precision"]}
+        training = recipe.training.model_copy(update=precision)
+        recipe = recipe.model_copy(update={"training": training})
+        recipe.save(folder / RECIPE)
+        return recipe
+
+    def control(self, recipe: Recipe) -> tuple[Recipe, "Parts"]:
+        """Return the same run from hard labels alone, everything else equal."""
+        alone = recipe.model_copy(update={"method": MethodSettings(name="none"), "control": False})
+        made = student.build(recipe.student, self.teacher, self.dataset.task, seed=recipe.training.seed)
+        plan = methods.build(alone.method, context_of(self.dataset, made, self.teacher))
+        return alone, replace(self, student=made, plan=plan, generator=None)
+
+
+def context_of(dataset: Dataset, made: Encoder, teacher: Encoder) -> Context:
+    """Return what a method may know of the run."""
+    return Context(
+        kind=dataset.task.kind,
+        classes=dataset.task.outputs,
+        rows=len(dataset.splits["train"]),
+        student_depth=made.depth,
+        student_width=made.width,
+        teacher_depth=teacher.depth,
+        teacher_width=teacher.width,
+    )
+
+
+def tokens_of(
+    dataset: Dataset, model: Encoder, max_length: int, console: Console
+) -> dict[str, TokenisedRows]:
+    """Return every split as the model tokenises it."""
+    most = min(max_length, model.positions)
+    return {
+        name: tokenise(rows, model.tokenizer, max_length=most, console=console)
+        for name, rows in dataset.splits.items()
+    }
+
+
+def evaluator(dataset: Dataset, tokens: TokenisedRows, bf16: bool) -> Callable[[Encoder], dict[str, float]]:
+    """Return what scores a model on the validation split."""
+    rows = dataset.splits["validation"]
+    return lambda model: score(dataset.task, predict(model, tokens, bf16=bf16), rows.labels)
+
+
+def training_figures(trained: Trained) -> dict[str, Any]:
+    """Return what training took, as `metrics.json` shows it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": trained.seconds,
+        "steps": trained.steps,
+        "examples": trained.examples,
+        "tokens": trained.tokens,
+        "examples_per_second": trained.examples / trained.seconds,
+        "tokens_per_second": trained.tokens / trained.seconds,
+        # Linux counts in KiB, macOS in bytes.
+        "peak_rss_bytes": peak if sys.platform == "darwin" else 1024 * peak,
+    }
