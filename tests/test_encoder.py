@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from stillroom import durable, encoder
 from stillroom.data.batching import Inputs
-from stillroom.encoder import Encoder, Needs, Outputs, load, locate, weights_hash
+from stillroom.encoder import Encoder, Needs, Outputs, load, locate, pool, weights_hash
 from stillroom.errors import WrongInput
 from tiny import FAMILIES, make_batch_of, make_encoder, make_rows, make_task, save_encoder
 
@@ -83,6 +83,36 @@ def test_nothing_but_what_is_needed_is_kept(model: Encoder) -> None:
     assert found.hidden_states.keys() == {2} and found.embeddings is None
     found = model(inputs, LOGITS)
     assert not found.hidden_states and found.embeddings is None
+
+
+def test_pooled_states_are_hidden_states_over_real_tokens(model: Encoder) -> None:
+    inputs = inputs_for(model)
+    poolings: tuple[Any, ...] = ("mean", "cls", "unmasked_mean")
+    needs = Needs(pooled_states=frozenset((how, i) for how in poolings for i in range(4)))
+    with torch.no_grad():
+        hidden = model(inputs, ALL).hidden_states
+        found = model(inputs, needs)
+    assert found.hidden_states == {} and len(found.pooled_states) == 12
+    for i, states in hidden.items():
+        for b, (row, mask) in enumerate(zip(states.double(), inputs.attention_mask, strict=True)):
+            real = row[: int(mask.sum())]
+            want = {"mean": real.mean(0), "cls": real[0], "unmasked_mean": row.mean(0)}
+            for how in poolings:
+                torch.testing.assert_close(found.pooled_states[how, i][b], want[how].float())
+
+
+def test_pooled_states_are_computed_in_float32_under_bf16() -> None:
+    model = make_encoder()
+    inputs = inputs_for(model)
+    needs = Needs(hidden_states=frozenset({2}), pooled_states=frozenset({("mean", 2)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(inputs, needs)
+    state = found.hidden_states[2]
+    pooled = found.pooled_states["mean", 2]
+    assert pooled.dtype == torch.float32
+    assert torch.equal(pooled, pool(state.float(), inputs.attention_mask, "mean"))
+    pooled.sum().backward()
+    assert model.words.grad is not None and bool(model.words.grad.any())
 
 
 def test_embeddings_are_hidden_state_0_and_an_offset_is_added_to_them(model: Encoder) -> None:
@@ -217,6 +247,9 @@ def test_needs_are_summed() -> None:
     second = Needs(attention_scores=two, queries=two, keys=two, values=two)
     both = frozenset({1, 2})
     assert first | second == Needs(attention_scores=both, queries=both, keys=both, values=both)
+    mean, cls = frozenset({("mean", 1)}), frozenset({("cls", 2)})
+    assert Needs(pooled_states=mean) | Needs(pooled_states=cls) == Needs(pooled_states=mean | cls)
+    assert Needs(hidden_states=frozenset({3}), pooled_states=mean | cls).states == {1, 2, 3}
     for name in ("attention_scores", "queries", "keys", "values"):
         assert Needs(**{name: two}).attention == two
     assert not ALL.attention
@@ -230,6 +263,8 @@ def test_outputs_in_float32() -> None:
     assert found.keys[4].dtype == found.values[5].dtype == torch.float32
     assert found.attention_scores.keys() == {1} and found.queries.keys() == {3}
     assert found.keys.keys() == {4} and found.values.keys() == {5}
+    pooled = Outputs(half, pooled_states={("mean", 1): half}).float().pooled_states
+    assert pooled["mean", 1].dtype == torch.float32
 
 
 def test_labels_stand_in_the_order_of_the_logits() -> None:

@@ -173,16 +173,16 @@ def make_plan(
     student: Encoder,
     teacher: Encoder,
     task: Task,
-    rows: int,
+    rows: int | Rows,
     *,
     method: str = "lrc-bert",
     seed: int = 0,
     **options: Any,
 ) -> Plan:
     """Return a method's plan for these two; its projections start from `seed`."""
-    context = Context(
-        task.kind, task.outputs, rows, student.depth, student.width, teacher.depth, teacher.width
-    )
+    sizes = (student.depth, student.width, teacher.depth, teacher.width)
+    count, labels = (rows, None) if isinstance(rows, int) else (len(rows), rows.labels)
+    context = Context(task.kind, task.outputs, count, *sizes, labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return methods.build(MethodSettings(name=method, **options), context)
@@ -220,7 +220,7 @@ def make_job(
     tokens = make_tokens(rows, student)
 
     live = LiveTeacher(teacher, device=torch.device("cpu"), bf16=False)
-    plan = make_plan(student, teacher, task, count, method=method, **(options or {}))
+    plan = make_plan(student, teacher, task, rows, method=method, **(options or {}))
 
     def score(encoder: Encoder) -> dict[str, float]:
         with torch.no_grad():

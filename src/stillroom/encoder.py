@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 import transformers
@@ -49,6 +49,11 @@ PROBLEM_TYPES = {
 }
 """What a configuration calls each kind of labels."""
 
+_Key = TypeVar("_Key")
+
+Pooling = Literal["mean", "cls", "unmasked_mean"]
+"""How token states become one vector per row: see `pool`."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -57,6 +62,7 @@ class Needs:
     `hidden_states` are indices: 0 is the embedding output, `i` the output of block `i`.
     `embeddings` asks for the sum that leaves the embedding norm, before its dropout.
     `attention_scores`, `queries`, `keys` and `values` are blocks, from 1.
+    `pooled_states` are indices of hidden states, each with how it is pooled.
     """
 
     logits: bool = False
@@ -66,6 +72,12 @@ class Needs:
     queries: frozenset[int] = frozenset()
     keys: frozenset[int] = frozenset()
     values: frozenset[int] = frozenset()
+    pooled_states: frozenset[tuple[Pooling, int]] = frozenset()
+
+    @property
+    def states(self) -> frozenset[int]:
+        """Hidden states of which anything is read, whole or pooled."""
+        return self.hidden_states | {index for _, index in self.pooled_states}
 
     @property
     def attention(self) -> frozenset[int]:
@@ -81,6 +93,7 @@ class Needs:
             self.queries | other.queries,
             self.keys | other.keys,
             self.values | other.values,
+            self.pooled_states | other.pooled_states,
         )
 
 
@@ -94,6 +107,8 @@ class Outputs:
     ``Q K^T * scaling + mask``, where the mask is 0 on the keys that a query may look at, and the
     dtype's least number on padding and beyond a local window. `queries[i]`, `keys[i]` and
     `values[i]` are `(B, H, S, D/H)`, as they enter that product: rotary positions are applied.
+
+    `pooled_states[how, i]` is `(B, D)`, in float32: hidden state i pooled by `pool`.
     Gradients flow through all of them.
     """
 
@@ -104,6 +119,7 @@ class Outputs:
     queries: Mapping[int, Tensor] = field(default_factory=dict)
     keys: Mapping[int, Tensor] = field(default_factory=dict)
     values: Mapping[int, Tensor] = field(default_factory=dict)
+    pooled_states: Mapping[tuple[Pooling, int], Tensor] = field(default_factory=dict)
 
     def float(self) -> "Outputs":
         """Return the same in float32, in which all terms compute."""
@@ -115,11 +131,40 @@ class Outputs:
             _float(self.queries),
             _float(self.keys),
             _float(self.values),
+            _float(self.pooled_states),
         )
 
 
-def _float(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    return {index: tensor.float() for index, tensor in tensors.items()}
+def _float(tensors: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+    return {key: tensor.float() for key, tensor in tensors.items()}
+
+
+def pool(states_BSD: Tensor, mask_BS: Tensor, pooling: Pooling) -> Tensor:
+    """Return one vector per row, in float32 (float64 stays): gradients flow through it.
+
+    Args:
+        states_BSD: Token states; axes before B are kept.
+        mask_BS: 1 on real tokens.
+        pooling: `mean` over real tokens, `cls` for the first token, or `unmasked_mean`, which
+            counts padding as well: it depends on the rows that share the batch, so it cannot be
+            recorded.
+
+    Returns:
+        Shape ``(B, D)``.
+
+    Example:
+        >>> states = torch.tensor([[[1.0], [3.0], [8.0]]])
+        >>> pool(states, torch.tensor([[1, 1, 0]]), "mean").tolist()
+        [[2.0]]
+    """
+    wide = torch.promote_types(states_BSD.dtype, torch.float32)
+    if pooling == "cls":
+        return states_BSD[..., 0, :].to(wide)
+    states = states_BSD.to(wide)
+    if pooling == "unmasked_mean":
+        return states.mean(-2)
+    weight_BS1 = mask_BS.to(wide)[..., None]
+    return (states * weight_BS1).sum(-2) / weight_BS1.sum(-2)
 
 
 class Encoder(nn.Module):
@@ -199,8 +244,12 @@ class Encoder(nn.Module):
             self._embeddings(needs.embeddings or offset is not None, offset) as seen,
             self._attention(needs) as attention,
         ):
-            found = self.model(**given, output_hidden_states=bool(needs.hidden_states))
+            found = self.model(**given, output_hidden_states=bool(needs.states))
         states = {index: found.hidden_states[index] for index in sorted(needs.hidden_states)}
+        pooled = {
+            (how, index): pool(found.hidden_states[index], inputs.attention_mask, how)
+            for how, index in sorted(needs.pooled_states)
+        }
         return Outputs(
             found.logits,
             states,
@@ -209,6 +258,7 @@ class Encoder(nn.Module):
             attention.queries,
             attention.keys,
             attention.values,
+            pooled,
         )
 
     def embedding_dropout(self) -> nn.Module | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillroom.data.batching import Batch, Inputs
-from stillroom.encoder import Needs, Outputs
+from stillroom.encoder import Needs, Outputs, pool
 from stillroom.errors import WrongInput
 from stillroom.methods import lrc_bert
 from stillroom.methods.base import Context, Perturbation, Plan, Stage, Term
@@ -25,7 +25,6 @@ from stillroom.methods.lrc_bert import (
     build,
     cos_nce,
     cos_nce_of_cosines,
-    pool,
     pooled_cos_nce,
     token_cosines,
 )
@@ -72,9 +71,12 @@ def batch_of(mask: Tensor, labels: Tensor | None = None, row_ids: Tensor | None 
     return Batch(inputs, inputs, labels, torch.arange(count) if row_ids is None else row_ids)
 
 
-def outputs_of(states: Tensor) -> Outputs:
-    """Return outputs whose hidden states 1, 2, ... are ``states[0], states[1], ...``."""
-    return Outputs(torch.empty(0), {i + 1: state for i, state in enumerate(states)})
+def outputs_of(states: Tensor, mask: Tensor) -> Outputs:
+    """Return outputs whose hidden states 1, 2, ... are ``states[0], states[1], ...``, and pooled."""
+    hidden = {i + 1: state for i, state in enumerate(states)}
+    poolings: tuple[Any, ...] = ("cls", "mean")
+    pooled = {(how, i): pool(state, mask, how) for how in poolings for i, state in hidden.items()}
+    return Outputs(torch.empty(0), hidden, pooled_states=pooled)
 
 
 def make_term(student: Tensor, teacher: Tensor, *, rows: int = 64, **options: Any) -> CosNCE:
@@ -87,7 +89,7 @@ def make_term(student: Tensor, teacher: Tensor, *, rows: int = 64, **options: An
 def value(
     term: CosNCE, student: Tensor, teacher: Tensor, mask: Tensor, labels: Tensor | None = None
 ) -> Tensor:
-    return term(outputs_of(student), outputs_of(teacher), batch_of(mask, labels))
+    return term(outputs_of(student, mask), outputs_of(teacher, mask), batch_of(mask, labels))
 
 
 def random_mask(rows: int, width: int, *, seed: int = 0) -> Tensor:
@@ -428,7 +430,7 @@ def test_gradient_of_the_projection_is_right(vector: str) -> None:
     term = make_term(student, teacher, vector=vector)
 
     def loss_of(projection: Tensor) -> Tensor:
-        given = (outputs_of(student), outputs_of(teacher), batch_of(mask))
+        given = (outputs_of(student, mask), outputs_of(teacher, mask), batch_of(mask))
         return torch.func.functional_call(term, {"projection": projection}, given)
 
     assert torch.autograd.gradcheck(loss_of, term.projection.detach().clone().requires_grad_())
@@ -641,7 +643,8 @@ def bank_draws(
     for rows, labels in batches:
         states = units[rows][None, :, None]
         batch = batch_of(torch.ones(len(rows), 1), torch.tensor(labels), torch.tensor(rows))
-        term(outputs_of(states), outputs_of(states), batch)
+        given = outputs_of(states, torch.ones(len(rows), 1))
+        term(given, given, batch)
     return term, drawn
 
 
@@ -702,7 +705,8 @@ def test_bank_keeps_the_newest_state_of_each_row_in_its_state_dict(
     assert state["bank"][:, 0].norm(dim=-1).tolist() == [1, 0, 0, 1, 0, 0]
     states = torch.full((1, 2, 1, BANK_ROWS), 2.0).double()
     monkeypatch.undo()
-    term(outputs_of(states), outputs_of(states), batch_of(torch.ones(2, 1), row_ids=torch.tensor([3, 4])))
+    given = outputs_of(states, torch.ones(2, 1))
+    term(given, given, batch_of(torch.ones(2, 1), row_ids=torch.tensor([3, 4])))
     assert term.bank[:, 0].sum(-1).tolist() == [1, 0, 0, 12, 12, 0]
     assert set(make_term(states, states).state_dict()) == {"projection"}
 
@@ -749,6 +753,9 @@ def test_needs_are_the_mapped_layers_and_nothing_else() -> None:
     assert plan.teacher_needs(first) == Needs(hidden_states=frozenset({2, 4}))
     assert plan.student_needs(second) == Needs(True, frozenset({1, 2}))
     assert plan.teacher_needs(second) == Needs(True, frozenset({2, 4}))
+    pooled = build(LRCBertSettings(vector="mean"), CONTEXT)
+    assert pooled.student_needs(first) == Needs(pooled_states=frozenset({("mean", 1), ("mean", 2)}))
+    assert pooled.teacher_needs(first) == Needs(pooled_states=frozenset({("mean", 2), ("mean", 4)}))
 
 
 def test_stages_hold_the_terms_and_weights_of_the_method() -> None:

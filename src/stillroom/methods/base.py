@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor, nn
 
 from stillroom.data.batching import Batch
@@ -26,6 +27,8 @@ class Context:
     student_width: int
     teacher_depth: int
     teacher_width: int
+    labels: np.ndarray | None = None
+    """Labels of the training rows, as in `Rows`, for terms that draw rows by label."""
 
 
 class Term(nn.Module, ABC):

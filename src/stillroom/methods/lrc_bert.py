@@ -146,14 +146,6 @@ def token_cosines(student_LBSE: Tensor, teacher_LBSE: Tensor, mask_BS: Tensor) -
     return dots / (mask_BS @ mask_BS.T)
 
 
-def pool(states_LBSD: Tensor, mask_BS: Tensor, vector: Literal["cls", "mean"]) -> Tensor:
-    """Return the first token's state, or the mean over real tokens, shape ``(L, B, D)``."""
-    if vector == "cls":
-        return states_LBSD[:, :, 0]
-    weight = mask_BS.to(states_LBSD.dtype)[..., None]
-    return (states_LBSD * weight).sum(2) / weight.sum(1)
-
-
 class CosNCE(Term):
     """COS-NCE over the mapped layers: batch mean of each layer, summed over layers."""
 
@@ -169,8 +161,7 @@ class CosNCE(Term):
         self.classification = context.kind == "classification"
         self.student_layers = tuple(range(1, len(layers) + 1))
         self.teacher_layers = layers
-        self.student_needs = Needs(hidden_states=frozenset(self.student_layers))
-        self.teacher_needs = Needs(hidden_states=frozenset(layers))
+        self.student_needs, self.teacher_needs = self._needs(self.student_layers), self._needs(layers)
         matrices = 1 if settings.projection == "shared" else len(layers)
         projection = torch.empty(matrices, context.student_width, context.teacher_width)
         for matrix in projection:
@@ -190,12 +181,8 @@ class CosNCE(Term):
         mask_BS = batch.student.attention_mask
         if mask_BS.shape[0] < 2:
             raise ValueError("COS-NCE needs at least two rows in a batch, found one")
-        states = torch.stack([student.hidden_states[i] for i in self.student_layers])
-        goals = torch.stack([teacher.hidden_states[j] for j in self.teacher_layers])
-        vector = self.settings.vector
-        if vector != "token":
-            # Pooling and projecting are both linear, so the short tensor is projected.
-            states, goals = pool(states, mask_BS, vector), pool(goals, mask_BS, vector)
+        # Pooling and projecting are both linear, so pooled states, the short tensors, are projected.
+        states, goals = self._read(student, self.student_layers), self._read(teacher, self.teacher_layers)
         L = len(states)
         projection = self.projection.expand(L, -1, -1)
         states = (states.flatten(1, -2) @ projection).view_as(goals)
@@ -203,13 +190,26 @@ class CosNCE(Term):
             negatives = self._draw(goals, batch)
             each = [cos_nce(s, t, n) for s, t, n in zip(states, goals, negatives, strict=True)]
             return torch.stack(each).mean(1).sum()
-        if vector == "token":
+        if self.settings.vector == "token":
             cosine_LBB = token_cosines(states, goals, mask_BS)
         elif self.settings.label_aware:
             cosine_LBB = F.normalize(states, dim=-1, eps=_EPS) @ F.normalize(goals, dim=-1, eps=_EPS).mT
         else:
             return pooled_cos_nce(states, goals).mean(1).sum()
         return cos_nce_of_cosines(cosine_LBB, self._negatives(batch)).mean(1).sum()
+
+    def _needs(self, layers: tuple[int, ...]) -> Needs:
+        vector = self.settings.vector
+        if vector == "token":
+            return Needs(hidden_states=frozenset(layers))
+        return Needs(pooled_states=frozenset((vector, layer) for layer in layers))
+
+    def _read(self, outputs: Outputs, layers: tuple[int, ...]) -> Tensor:
+        """Return the layers' states, ``(L, B, S, D)`` for tokens, else ``(L, B, D)``."""
+        vector = self.settings.vector
+        if vector == "token":
+            return torch.stack([outputs.hidden_states[layer] for layer in layers])
+        return torch.stack([outputs.pooled_states[vector, layer] for layer in layers])
 
     def _negatives(self, batch: Batch) -> Tensor:
         """Return ``(B, B)``: 1 where row b may be a negative of anchor a."""

@@ -179,7 +179,7 @@ def layers(run: Run, report: Report) -> None:
 
 
 def _layers_of(needs: Needs) -> list[int]:
-    return sorted(needs.hidden_states | needs.attention)
+    return sorted(needs.states | needs.attention)
 
 
 def attention(run: Run, report: Report) -> None:

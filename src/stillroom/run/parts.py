@@ -165,6 +165,7 @@ def context_of(dataset: Dataset, made: Encoder, teacher: Encoder) -> Context:
         student_width=made.width,
         teacher_depth=teacher.depth,
         teacher_width=teacher.width,
+        labels=dataset.splits["train"].labels,
     )
 
 
