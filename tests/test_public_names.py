@@ -15,8 +15,10 @@ def test_public_names_are_these() -> None:
         "StillroomError",
         "WrongInput",
         "__version__",
+        "bench",
         "distill",
         "evaluate",
+        "export",
         "finetune",
     ]
 

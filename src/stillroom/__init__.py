@@ -5,6 +5,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillroom.deploy.export import export
+    from stillroom.deploy.latency import bench
     from stillroom.errors import RunFailed, StillroomError, WrongInput
     from stillroom.evaluation.compare import evaluate
     from stillroom.recipe import DatasetSettings, FinetuneRecipe, Recipe
@@ -25,8 +27,10 @@ __all__ = [
     "StillroomError",
     "WrongInput",
     "__version__",
+    "bench",
     "distill",
     "evaluate",
+    "export",
     "finetune",
 ]
 
@@ -37,8 +41,10 @@ _HOMES = {
     "RunFailed": "stillroom.errors",
     "StillroomError": "stillroom.errors",
     "WrongInput": "stillroom.errors",
+    "bench": "stillroom.deploy.latency",
     "distill": "stillroom.run.distill",
     "evaluate": "stillroom.evaluation.compare",
+    "export": "stillroom.deploy.export",
     "finetune": "stillroom.run.finetune",
 }
 

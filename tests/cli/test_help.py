@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import stillroom
 from stillroom.cli import app
 
-COMMANDS = ("finetune", "distill", "evaluate", "methods", "datasets")
+COMMANDS = ("finetune", "distill", "evaluate", "export", "bench", "methods", "datasets")
 WIDE = {"COLUMNS": "250", "TERMINAL_WIDTH": "250"}
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stillroom.cli import datasets, distill, evaluate, finetune, frame, methods
+from stillroom.cli import bench, datasets, distill, evaluate, export, finetune, frame, methods
 
 app = typer.Typer(
     name="stillroom",
@@ -18,11 +18,14 @@ app = typer.Typer(
         "stillroom finetune --model minilm-l6 --dataset builtin/verdicts -o runs/teacher",
         "stillroom distill --teacher runs/teacher --dataset builtin/verdicts -o runs/student",
         "stillroom evaluate runs/teacher runs/student --dataset builtin/verdicts",
+        "stillroom export runs/student",
     ),
 )
 app.command(epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command(epilog=distill.EXAMPLES)(distill.distill)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=methods.EXAMPLES)(methods.methods)
 app.command(epilog=datasets.EXAMPLES)(datasets.datasets)
 

@@ -6,7 +6,6 @@ import typer
 from rich.console import Console
 
 from stillroom.cli import frame
-from stillroom.errors import WrongInput
 
 EXAMPLES = frame.examples(
     "stillroom evaluate runs/teacher --dataset builtin/verdicts",
@@ -26,15 +25,7 @@ def evaluate(
         typer.Option(metavar="NAME", help="The split to score.", rich_help_panel=frame.DATA),
     ] = "validation",
     data_dir: frame.DataDir = None,
-    given: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Set how the data is read, such as dataset.max_length=64; may be repeated.",
-            rich_help_panel=frame.DATA,
-        ),
-    ] = None,
+    given: frame.DataOverrides = None,
     precision: Annotated[
         Literal["auto", "float32", "bf16"], typer.Option(help="Times are always those of float32.")
     ] = "auto",
@@ -49,14 +40,8 @@ def evaluate(
 
     def work(console: Console) -> dict[str, Any]:
         from stillroom.evaluation.compare import evaluate
-        from stillroom.recipe import DatasetSettings, set_value, validate
 
-        values: dict[str, Any] = {"dataset": {"name": dataset}}
-        for change in frame.overrides(given, data_dir=data_dir):
-            set_value(values, change)
-        data = validate(DatasetSettings, values.pop("dataset"), section="dataset")
-        if values:
-            raise WrongInput(f"evaluate can set only keys of dataset, found {', '.join(values)}.")
+        data = frame.dataset_settings(dataset, data_dir, given)
         return evaluate(models, data, split=split, precision=precision, console=console)
 
     found = frame.execute(work, as_json=as_json)

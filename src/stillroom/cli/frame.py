@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from stillroom.errors import StillroomError
+from stillroom.errors import StillroomError, WrongInput
 
 DEBUG = "STILLROOM_DEBUG"
 """Environment variable that shows the traceback of errors; `--debug` sets it."""
@@ -57,6 +57,15 @@ Overrides = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set how the data is read, such as dataset.max_length=64; may be repeated.",
+        rich_help_panel=DATA,
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(metavar="N", help="Short for --set training.seed=N.", rich_help_panel=RUN),
@@ -80,6 +89,27 @@ def overrides(
     # JSON is YAML, and quotes what YAML would read as a number or a date.
     short = [] if data_dir is None else [f"dataset.data_dir={json.dumps(str(data_dir))}"]
     return [*short, *([] if seed is None else [f"training.seed={seed}"]), *(given or ())]
+
+
+def dataset_settings(name: str | None, data_dir: Path | None, given: Sequence[str] | None) -> Any:
+    """Return the `DatasetSettings` that `--dataset`, `--data-dir` and `--set` name, None without any.
+
+    Raises:
+        WrongInput: If another key than one of `dataset` is set, or options stand without a data set.
+    """
+    from stillroom.recipe import DatasetSettings, set_value, validate
+
+    values: dict[str, Any] = {"dataset": {} if name is None else {"name": name}}
+    for change in overrides(given, data_dir=data_dir):
+        set_value(values, change)
+    data = (
+        validate(DatasetSettings, values.pop("dataset"), section="dataset")
+        if any(values.values())
+        else None
+    )
+    if values:
+        raise WrongInput(f"Only keys of dataset can be set here, found {', '.join(values)}.")
+    return data
 
 
 def data_options(folder: Path) -> str:

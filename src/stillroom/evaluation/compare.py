@@ -69,7 +69,7 @@ def evaluate(
     loaded: list[tuple[Encoder, TokenisedRows]] = []
     for name in names:
         model = encoder.load(name)
-        _require_same_labels(name, model, data.task, console)
+        require_same_labels(name, model, data.task, console)
         most = min(settings.max_length, model.positions)
         tokens = tokenise(rows, model.tokenizer, max_length=most, console=console)
         loaded.append((model.to(Accelerator().device), tokens))
@@ -99,7 +99,7 @@ def evaluate(
     }
 
 
-def _require_same_labels(name: str, model: Encoder, task: Task, console: Console) -> None:
+def require_same_labels(name: str, model: Encoder, task: Task, console: Console) -> None:
     """Raise `WrongInput` unless the model's head is one for the task's labels, in their order."""
     stated = model.config.problem_type
     if model.config.num_labels != task.outputs or stated not in (None, encoder.PROBLEM_TYPES[task.kind]):
