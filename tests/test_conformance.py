@@ -22,6 +22,7 @@ from stillroom.errors import WrongInput
 from stillroom.methods import METHODS
 from stillroom.methods.base import Stage
 from stillroom.training import checkpoint
+from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller
 from stillroom.training.loop import Job, train
 from tiny import make_batch_of, make_job
@@ -47,6 +48,7 @@ class Row:
 
 BANK = {"negatives": "bank", "bank_negatives": 4}
 NO_CLASSES = ("regression", "multi-label")
+GENERATOR = {"generator": "tiny", "n_generator": 1, "n_student": 1, "generator_learning_rate": 1e-3}
 
 TABLE = [
     Row("none"),
@@ -66,8 +68,22 @@ TABLE = [
     Row("lrc-bert", {"beta": 0.0}),
     Row("lrc-bert", {"gamma": 0.0}),
     Row("lrc-bert", {"beta": 0.0, "gamma": 0.0}, no_head=True),
+    Row("mate-kd", GENERATOR),
+    Row("mate-kd", {**GENERATOR, "adv_div": "ce", "student_mode": "train", "masks": "fixed"}),
+    Row("cilda", GENERATOR),
+    Row("cilda", {**GENERATOR, "objective": "M4", "projections": "adv", "anchor": "student"}),
+    Row("cilda", {**GENERATOR, "objective": "minILD", "pooling": "mean", "anchor": "symmetric"}),
+    Row("cilda", {**GENERATOR, "projections": "frozen", "alpha2": True, "mask_probability": 0.5}),
+    Row("cilda", {**GENERATOR, "teacher_layers": "random", "a1": 0.0, "projection_size": 8}),
+    Row("cilda", {**GENERATOR, "a2": 0.0}),
 ]
-FAMILY_ROWS = [Row("none"), Row("kd"), Row("lrc-bert"), Row("lrc-bert", {"vector": "mean", **BANK})]
+FAMILY_ROWS = [
+    Row("none"),
+    Row("kd"),
+    Row("lrc-bert"),
+    Row("lrc-bert", {"vector": "mean", **BANK}),
+    Row("cilda", GENERATOR),
+]
 FAMILIES = ("roberta", "distilbert", "electra", "modernbert", "mpnet", "deberta-v2", "xlm-roberta")
 
 EVERY = [(row, "bert") for row in TABLE] + [(row, name) for name in FAMILIES for row in FAMILY_ROWS]
@@ -84,11 +100,19 @@ def distiller_of(job: Job) -> tuple[Distiller, Batch]:
     return Distiller(job.student, job.plan, bf16=False).eval(), make_batch_of(job.rows, job.student)
 
 
+def augmenter_of(job: Job, distiller: Distiller) -> Augmenter | None:
+    if job.generator is None:
+        return None
+    return Augmenter(job.plan, job.generator, job.live_teacher, distiller, seed=0, bf16=False)
+
+
 def loss_of(job: Job, distiller: Distiller, batch: Batch, stage: Stage) -> torch.Tensor:
     teacher = job.teacher and job.teacher(batch, job.plan.teacher_needs(stage))
-    # Negatives that are drawn are drawn alike.
+    # Negatives and words that are drawn are drawn alike.
     torch.manual_seed(0)
-    return distiller(batch, teacher, stage).total
+    augmenter = augmenter_of(job, distiller)
+    augmented = augmenter and augmenter.augment(batch, augmenter.draw(batch, 0), stage)
+    return distiller(batch, teacher, stage, augmented).total
 
 
 def test_every_method_has_a_row() -> None:
@@ -97,12 +121,16 @@ def test_every_method_has_a_row() -> None:
 
 @every_row
 def test_one_step_moves_the_student_and_not_the_teacher(tmp_path: Path, row: Row, family: str) -> None:
-    job = job_of(tmp_path, row, family, count=8, epochs=1)
+    # A generator step comes first, where there is a generator.
+    steps = 2 if "generator" in row.options else 1
+    job = job_of(tmp_path, row, family, count=8, epochs=steps, evaluate_every=steps)
     teacher = job.teacher and weights_hash(job.teacher.module)
     before = {name: value.clone() for name, value in job.student.model.state_dict().items()}
-    own = [p for name in job.plan.stages[0].weights for p in job.plan.terms[name].parameters()]
+    stage, rule = job.plan.stages[0], job.plan.augmentation
+    names = {*stage.weights, *stage.augmented, *(rule.weights if rule else ())}
+    own = [p for name in names for p in job.plan.terms[name].parameters()]
     own_before = [p.detach().clone() for p in own]
-    assert train(job, QUIET).steps == 1
+    assert train(job, QUIET).steps == steps
     # A projection that no optimiser knows stays at its random start (BERT-gang's did).
     assert not any(torch.equal(p.detach(), old) for p, old in zip(own, own_before, strict=True))
     after = job.student.model.state_dict()
@@ -131,6 +159,12 @@ def test_every_trainable_parameter_gets_a_gradient_over_the_stages(
         for name, parameter in distiller.named_parameters():
             if parameter.grad is not None and bool(parameter.grad.any()):
                 reached.setdefault(name, number)
+    augmenter = augmenter_of(job, distiller)
+    if augmenter is not None:
+        distiller.zero_grad()
+        augmenter.objective(batch, augmenter.draw(batch, 0)).total.backward()
+        assert all(bool(p.grad.any()) for p in augmenter.trained.values())
+        reached |= {name: 0 for name in augmenter.trained if name.startswith("terms.")}
     parameters = dict(distiller.named_parameters())
     assert all(p.requires_grad for p in parameters.values())
     prefix = "student.model."
@@ -237,3 +271,5 @@ def test_stop_and_resume_is_the_uninterrupted_run(
     rest = job_of(tmp_path / "parts", row, **given)
     train(rest, QUIET)
     assert weights_hash(rest.student.model) == weights_hash(whole.student.model)
+    if whole.generator is not None:
+        assert weights_hash(rest.generator.model) == weights_hash(whole.generator.model)

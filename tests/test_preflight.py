@@ -23,6 +23,7 @@ from stillroom.data.tasks import Dataset, Kind
 from stillroom.data.tokens import Tokens, fingerprint
 from stillroom.encoder import Encoder, Needs, Outputs, weights_hash
 from stillroom.errors import WrongInput
+from stillroom.generator import Generator
 from stillroom.methods.base import Plan, Stage, Term
 from stillroom.preflight import folder as folder_checks
 from stillroom.preflight import teacher as teacher_checks
@@ -31,6 +32,7 @@ from stillroom.recipe import TrainingSettings
 from tiny import (
     make_dataset,
     make_encoder,
+    make_generator,
     make_plan,
     make_rows,
     make_task,
@@ -55,6 +57,7 @@ def make_run(
     max_length: int = 32,
     control: bool = False,
     options: dict[str, Any] | None = None,
+    generator: Generator | None = None,
     **settings: Any,
 ) -> preflight.Run:
     """Return a distillation of the toy task by a teacher that solves it; nothing is wrong with it."""
@@ -83,6 +86,7 @@ def make_run(
         folder,
         False,
         control,
+        generator,
     )
 
 
@@ -843,3 +847,69 @@ def test_a_tracker_that_is_not_there_is_an_error(
     monkeypatch.setattr("stillroom.preflight.folder.get_available_trackers", list)
     with pytest.raises(WrongInput, match=f"{name} is not installed or not known"):
         check(make_run(tmp_path, log_with=(name,)))
+
+
+# Augmented rows
+
+
+def make_augmented(folder: Path, **given: Any) -> preflight.Run:
+    given = {"method": "cilda", "options": {"generator": "tiny"}, "generator": make_generator(), **given}
+    return make_run(folder, **given)
+
+
+def test_a_sound_generator_passes_and_is_not_moved(tmp_path: Path) -> None:
+    run = make_augmented(tmp_path)
+    models = (run.student.model, run.teacher.model, run.generator.model, run.plan.terms["contrast"])
+    before = [weights_hash(model) for model in models]
+    state = torch.get_rng_state()
+    assert check(run)["warnings"] == []
+    assert [weights_hash(model) for model in models] == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for model in models for p in model.parameters())
+
+
+@pytest.mark.parametrize("who", ["generator", "teacher"])
+def test_another_vocabulary_is_refused(who: str, tmp_path: Path) -> None:
+    """The generator's word 7 would be another word to the student: it would learn from noise."""
+    other = make_generator() if who == "generator" else make_teacher()
+    other.tokenizer = make_tokenizer(types=True, extra_words=("zebra",))
+    other.model.resize_token_embeddings(len(other.tokenizer))
+    text = problem(make_augmented(tmp_path, **{who: other}))
+    assert "one vocabulary" in text and f"the {who}'s" in text
+    assert "'zebra'" in text and "stillroom generator" in text
+
+
+def test_rows_beyond_the_generators_positions_are_refused(tmp_path: Path) -> None:
+    generator = make_generator()
+    generator.model.config.max_position_embeddings = 8
+    text = problem(make_augmented(tmp_path, generator=generator))
+    assert "reads 8 tokens" in text and "dataset.max_length=8" in text
+
+
+def test_a_family_that_takes_no_words_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """One that computed something else from given words would be driven by a gradient of that."""
+    for broken, reason in ((_shifts, "its logits change by up to"), (_refuses, "it raises TypeError: no")):
+        run = make_augmented(tmp_path)
+        run.student.model.register_forward_pre_hook(broken, with_kwargs=True)
+        text = problem(run)
+        assert reason in text and "the student, a BertForSequenceClassification" in text
+
+
+def _shifts(model: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+    if "inputs_embeds" in given:
+        given["inputs_embeds"] = given["inputs_embeds"] + torch.linspace(-3, 3, 16)
+    return args, given
+
+
+def _refuses(model: nn.Module, args: Any, given: dict[str, Any]) -> None:
+    if "inputs_embeds" in given:
+        raise TypeError("no")
+
+
+def test_the_generator_counts_on_the_disk(tmp_path: Path) -> None:
+    generator = make_generator()
+    own = sum(value.numel() * value.element_size() for value in generator.model.state_dict().values())
+    run = make_augmented(tmp_path, generator=generator)
+    difference = folder_checks._need(run) - folder_checks._need(replace(run, generator=None))
+    # Weights and two moments, in each checkpoint and in the one that is written aside.
+    assert difference == (run.training.keep_checkpoints + 1) * 3 * own

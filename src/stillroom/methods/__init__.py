@@ -1,11 +1,14 @@
 """Every method by name. A new method is one file and one line here."""
 
 from stillroom.errors import WrongInput
-from stillroom.methods import kd, lrc_bert, none
+from stillroom.methods import cilda, kd, lrc_bert, mate_kd, none
 from stillroom.methods.base import Context, Method, Plan
 from stillroom.recipe import MethodSettings, Recipe, Settings, nearest, validate
 
-METHODS: dict[str, Method] = {method.name: method for method in (none.METHOD, kd.METHOD, lrc_bert.METHOD)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (none.METHOD, kd.METHOD, lrc_bert.METHOD, cilda.METHOD, mate_kd.METHOD)
+}
 
 
 def find(name: str) -> Method:

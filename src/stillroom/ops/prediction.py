@@ -4,6 +4,7 @@ Shapes: B batch, C classes. All compute in the dtype they are given; call them i
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -85,11 +86,53 @@ def soft_label_loss(
         return F.mse_loss(student_BC, teacher_BC)
     s, t = student_BC / temperature, teacher_BC / temperature
     if kind == "multi-label":
-        # One Bernoulli per label is a softmax over the logits (z, 0).
-        s, t = (torch.stack([x, torch.zeros_like(x)], dim=-1) for x in (s, t))
+        s, t = _as_softmax(s), _as_softmax(t)
     log_p, log_q = F.log_softmax(t, dim=-1), F.log_softmax(s, dim=-1)
     divergence = (log_p.exp() * (log_p - log_q)).flatten(1).sum(1).mean()
     return temperature**2 * divergence
+
+
+def output_divergence(
+    student_BC: Tensor, teacher_BC: Tensor, *, form: Literal["kl", "ce"], kind: Kind = "classification"
+) -> Tensor:
+    """Return how far the student's distribution is from the teacher's, with gradients to both.
+
+    ``kl``: ``mean_b KL(p_b || q_b)``; ``ce``: the cross-entropy ``mean_b -sum_c p_bc log q_bc``, which
+    is KL plus the teacher's entropy. Temperature 1. For the student both have the same gradient; for
+    whoever moves the teacher's logits they differ, even in sign. Multi-label sums over the labels'
+    Bernoulli distributions; regression is ``mean_b (student - teacher)**2`` in both forms.
+
+    Args:
+        student_BC: Logits, shape ``(B, C)``.
+        teacher_BC: Logits, shape ``(B, C)``; not detached.
+        form: `kl` or `ce`.
+        kind: What the logits mean.
+
+    Returns:
+        Scalar in nats (squared label units for regression), averaged over the batch.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> zero = torch.zeros(1, 2)
+        >>> [round(output_divergence(zero, zero, form=form).item(), 4) for form in ("kl", "ce")]
+        [0.0, 0.6931]
+    """
+    if student_BC.shape != teacher_BC.shape or student_BC.ndim != 2:
+        raise ValueError(_shapes("(B, C) twice", student_BC, teacher_BC))
+    if kind == "regression":
+        return F.mse_loss(student_BC, teacher_BC)
+    if kind == "multi-label":
+        student_BC, teacher_BC = _as_softmax(student_BC), _as_softmax(teacher_BC)
+    log_p, log_q = F.log_softmax(teacher_BC, dim=-1), F.log_softmax(student_BC, dim=-1)
+    each = log_p.exp() * (log_p - log_q if form == "kl" else -log_q)
+    return each.flatten(1).sum(1).mean()
+
+
+def _as_softmax(logits: Tensor) -> Tensor:
+    """Return logits of a softmax over two that is each label's Bernoulli distribution: (z, 0)."""
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
 
 
 def _shapes(expected: str, first: Tensor, second: Tensor) -> str:

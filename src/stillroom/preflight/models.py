@@ -269,7 +269,6 @@ def _takes_words(who: str, model: Encoder, run: Run, report: Report) -> None:
     """The model computes the same from word embeddings as from the ids that they belong to."""
     inputs = pad(run.tokens.student["train"], np.arange(min(_TRIAL_ROWS, len(run.tokens.student["train"]))))
     inputs = inputs.to(model.words.device)
-    reason = "its logits change by "
     try:
         with torch.no_grad():
             want = model.eval()(inputs, Needs(logits=True)).logits
@@ -277,7 +276,7 @@ def _takes_words(who: str, model: Encoder, run: Run, report: Report) -> None:
         change = float((found - want).abs().max())
         if change <= 1e-3 * (1 + float(want.abs().max())):
             return
-        reason += f"up to {change:.3g}"
+        reason = f"its logits change by up to {change:.3g}"
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = f"it raises {type(error).__name__}: {error}"
     report.error(
