@@ -9,7 +9,8 @@ import torch
 import yaml
 from rich.console import Console
 
-from stillroom import provenance, run
+from stillroom import distill, provenance
+from stillroom.data import sources
 from stillroom.data.tasks import Dataset
 from stillroom.errors import WrongInput
 from stillroom.recipe import DatasetSettings, Recipe
@@ -17,7 +18,7 @@ from tiny import make_dataset, make_teacher
 
 
 def give(monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> None:
-    monkeypatch.setattr(run.sources, "load", lambda settings, splits=(): dataset)
+    monkeypatch.setattr(sources, "load", lambda settings, splits=(): dataset)
 
 
 @pytest.fixture
@@ -32,14 +33,14 @@ def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         method="kd",
         training={"epochs": 1, "batch_size": 8},
     )
-    run.distill(recipe, tmp_path / "run", console=Console(quiet=True))
+    distill(recipe, tmp_path / "run", console=Console(quiet=True))
     return tmp_path / "run"
 
 
 def resume(folder: Path) -> str:
     """Resume a run and return what it printed."""
     printed = io.StringIO()
-    run.distill(None, folder, resume=True, console=Console(file=printed, width=400))
+    distill(None, folder, resume=True, console=Console(file=printed, width=400))
     return printed.getvalue()
 
 
@@ -91,6 +92,6 @@ def test_unreadable_inputs_are_refused(done: Path) -> None:
 
 def test_automatic_precision_is_spelt_out(done: Path) -> None:
     """`auto` in a saved recipe would be another run on a machine without bf16."""
-    saved = yaml.safe_load((done / run.RECIPE).read_text())["training"]["precision"]
-    assert saved == json.loads((done / run.METRICS).read_text())["environment"]["precision"]
+    saved = yaml.safe_load((done / provenance.RECIPE).read_text())["training"]["precision"]
+    assert saved == json.loads((done / provenance.METRICS).read_text())["environment"]["precision"]
     assert saved != "auto"

@@ -51,13 +51,18 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` (UTF-8) in one step: readers see the old file or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step: readers see the old file or the new one."""
     with explain_full_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_ASIDE, dir=path.parent)
         aside = Path(name)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
             aside.chmod(0o644)

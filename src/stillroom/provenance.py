@@ -18,6 +18,12 @@ from stillroom.encoder import Encoder, weights_hash
 from stillroom.errors import WrongInput
 from stillroom.generator import Generator
 
+RECIPE = "recipe.yaml"
+METRICS = "metrics.json"
+STUDENT = "student"
+CONTROL = "control"
+"""Names of files and folders inside a run folder."""
+
 INPUTS = "inputs.json"
 """Name of the file that holds what a run started from."""
 

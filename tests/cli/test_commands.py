@@ -11,6 +11,8 @@ from workspace import FAST, Workspace
 
 from stillroom import Recipe, distill
 from stillroom.cli import app
+from stillroom.evaluation.metrics import score
+from stillroom.evaluation.predictions import load
 from stillroom.methods import METHODS
 
 COSTS = {"parameters", "non_embedding_parameters", "bytes", "ms_per_example"}
@@ -93,6 +95,22 @@ def test_distill_prints_its_metrics_as_one_object(distilled: tuple[Path, Any]) -
     assert found["retained"] == pytest.approx(share)
     assert found["student"]["parameters"] < found["teacher"]["parameters"]
     assert found["student"]["parameters"] == found["control"]["parameters"]
+
+
+def test_distill_keeps_what_each_model_said(distilled: tuple[Path, Any]) -> None:
+    """The metrics are those of the kept logits, and robustness starts from the same values."""
+    folder, result = distilled
+    found = json.loads(result.stdout)
+    kept = load(folder / "predictions.parquet")
+    assert len(kept.rows) == 100 and set(kept.logits) == {"teacher", "student", "control"}
+    robustness = found["robustness"]
+    assert robustness["rows"] == 100 and len(robustness["values"]) == 5
+    for name, logits in kept.logits.items():
+        assert score(kept.task, logits, kept.rows.labels) == found[name]["metrics"]
+        assert robustness["values"]["as given"][name] == found[name]["metrics"]["accuracy"]
+        # Its tokenizer lowers everything anyway.
+        assert robustness["values"]["upper case"][name] == found[name]["metrics"]["accuracy"]
+        assert 0 <= robustness["values"]["typos in 3 of 10 words"][name] <= 1
 
 
 def test_distill_table_shows_what_metrics_say(workspace: Workspace, tmp_path: Path) -> None:

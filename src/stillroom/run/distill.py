@@ -1,27 +1,23 @@
 """The whole path: recipe to data, teacher, method, loop, student, evaluation, `metrics.json`."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from stillroom import durable, encoder, methods, preflight
 from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
-from stillroom.evaluation import cost
-from stillroom.provenance import environment
+from stillroom.evaluation import cost, predictions, robustness
+from stillroom.evaluation.metrics import score
+from stillroom.evaluation.predict import predict, predict_rows
+from stillroom.evaluation.predictions import PREDICTIONS, Predictions
+from stillroom.provenance import CONTROL, METRICS, RECIPE, STUDENT, environment
 from stillroom.recipe import Recipe
-from stillroom.run.parts import (
-    CONTROL,
-    METRICS,
-    RECIPE,
-    STUDENT,
-    Common,
-    Parts,
-    evaluator,
-    training_figures,
-)
+from stillroom.run.parts import Common, Parts, training_figures
 from stillroom.training.loop import Trained
 
 
@@ -83,7 +79,7 @@ def distill(
             alone, other = parts.control(recipe)
             other.train(alone, folder / CONTROL, console)
             control = other.student
-        metrics = _measure(recipe, parts, trained, control, folder)
+        metrics = _measure(recipe, parts, trained, control, folder, console)
         durable.write_json(folder / METRICS, metrics)
         return metrics
 
@@ -100,9 +96,17 @@ def _recipe_of(folder: Path) -> Recipe:
 
 
 def _measure(
-    recipe: Recipe, parts: Parts, trained: Trained, control: Encoder | None, folder: Path
+    recipe: Recipe,
+    parts: Parts,
+    trained: Trained,
+    control: Encoder | None,
+    folder: Path,
+    console: Console,
 ) -> dict[str, Any]:
-    """Return `metrics.json`: what each model gets right and costs, and what training took."""
+    """Return `metrics.json`: what each model gets right and costs, and what training took.
+
+    What each model said of the validation split is kept beside it.
+    """
     student_tokens = parts.tokens.student["validation"]
     teacher_tokens = parts.tokens.teacher["validation"]
     models = {
@@ -112,15 +116,56 @@ def _measure(
     if control is not None:
         models["control"] = (control, student_tokens, str(folder / CONTROL / STUDENT))
     timed = cost.milliseconds([(model, tokens) for model, tokens, _ in models.values()], bf16=False)
+    task, rows = parts.dataset.task, parts.dataset.splits["validation"]
     metrics: dict[str, Any] = {}
+    logits = {}
     for (name, (model, tokens, place)), ms in zip(models.items(), timed, strict=True):
-        found = evaluator(parts.dataset, tokens, parts.bf16)(model)
-        metrics[name] = {"metrics": found, **cost.of(model, place, ms)}
-    first = parts.dataset.task.metrics[0]
+        logits[name] = predict(model, tokens, bf16=parts.bf16)
+        metrics[name] = {"metrics": score(task, logits[name], rows.labels), **cost.of(model, place, ms)}
+    predictions.save(folder / PREDICTIONS, Predictions(task, rows, logits))
+    first = task.metrics[0]
     goal = metrics["teacher"]["metrics"][first]
     metrics["retained"] = metrics["student"]["metrics"][first] / goal if goal else None
     metrics["metric"] = first
     metrics["selected_step"] = trained.best_step or trained.steps
+    encoders = {name: model for name, (model, _, _) in models.items()}
+    metrics["robustness"] = _robustness(recipe, parts, encoders, logits, console)
     metrics["train"] = training_figures(trained)
     metrics["environment"] = environment(bf16=parts.bf16)
     return metrics
+
+
+def _robustness(
+    recipe: Recipe,
+    parts: Parts,
+    models: Mapping[str, Encoder],
+    logits: Mapping[str, np.ndarray],
+    console: Console,
+) -> dict[str, Any]:
+    """Return each model's first metric on validation texts as given, and on perturbed ones.
+
+    At most `robustness.ROWS` rows, evenly spread.
+    """
+    task, rows = parts.dataset.task, parts.dataset.splits["validation"]
+    chosen = np.linspace(0, len(rows) - 1, min(robustness.ROWS, len(rows))).astype(int)
+    clean, first = rows.take(chosen), task.metrics[0]
+
+    def first_of(found: np.ndarray) -> float:
+        return score(task, found, clean.labels)[first]
+
+    values = {"as given": {name: first_of(found[chosen]) for name, found in logits.items()}}
+    for title, perturb in robustness.PERTURBATIONS.items():
+        changed = robustness.perturbed(clean, perturb)
+        values[title] = {
+            name: first_of(
+                predict_rows(
+                    model,
+                    changed,
+                    max_length=recipe.dataset.max_length,
+                    bf16=parts.bf16,
+                    console=console,
+                )
+            )
+            for name, model in models.items()
+        }
+    return {"rows": len(clean), "metric": first, "values": values}

@@ -11,9 +11,9 @@ from stillroom import durable, encoder, methods, preflight
 from stillroom.data import sources
 from stillroom.data.tokens import Tokens
 from stillroom.evaluation import cost
-from stillroom.provenance import environment
+from stillroom.provenance import METRICS, RECIPE, environment
 from stillroom.recipe import FinetuneRecipe, MethodSettings
-from stillroom.run.parts import METRICS, RECIPE, context_of, evaluator, tokens_of, training_figures
+from stillroom.run.parts import context_of, evaluator, tokens_of, training_figures
 from stillroom.training.loop import CHECKPOINTS, Job, train, use_bf16
 
 

@@ -20,15 +20,10 @@ from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predict import predict
 from stillroom.generator import Generator
 from stillroom.methods.base import Context, Plan
-from stillroom.provenance import environment
+from stillroom.provenance import RECIPE, STUDENT, environment
 from stillroom.recipe import MethodSettings, Recipe
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.loop import Job, Trained, train, use_bf16
-
-RECIPE = "recipe.yaml"
-METRICS = "metrics.json"
-STUDENT = "student"
-CONTROL = "control"
 
 
 @dataclass(frozen=True)

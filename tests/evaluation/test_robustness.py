@@ -1,0 +1,56 @@
+"""Perturbed texts: seeded, bounded, and only where they are meant to be."""
+
+import pytest
+
+from stillroom.evaluation.robustness import PERTURBATIONS, perturbed, typos
+from tiny import make_rows, make_task
+
+TEXT = "An unexpectedly wonderful evening, with 42 clowns: <b>never</b> dull."
+
+
+def test_no_share_changes_nothing() -> None:
+    assert typos(TEXT, share=0.0, seed=0) == TEXT
+
+
+def test_seed_and_text_decide() -> None:
+    assert typos(TEXT, share=1.0, seed=0) == typos(TEXT, share=1.0, seed=0)
+    assert len({typos(TEXT, share=1.0, seed=seed) for seed in range(8)}) > 4
+
+
+def test_every_word_of_four_letters_gets_one_typo_and_nothing_else_does() -> None:
+    for seed in range(50):
+        before, after = TEXT.split(), typos(TEXT, share=1.0, seed=seed).split()
+        for old, new in zip(before, after, strict=True):
+            if sum(letter.isalpha() for letter in old) < 4:
+                assert new == old
+            else:
+                assert abs(len(new) - len(old)) <= 1 and new != old
+                assert (new[0], new[-1]) == (old[0], old[-1])
+
+
+def test_short_words_digits_and_other_scripts_do_not_break() -> None:
+    assert typos("a an the 12345 ...", share=1.0, seed=0) == "a an the 12345 ..."
+    assert typos("", share=1.0, seed=0) == ""
+    assert typos("прекрасный вечер", share=1.0, seed=0) != "прекрасный вечер"
+
+
+def test_share_is_that_of_the_words() -> None:
+    text = " ".join(["wonderful"] * 5000)
+    changed = sum(word != "wonderful" for word in typos(text, share=0.3, seed=1).split())
+    # Five standard deviations: 5 * sqrt(5000 * 0.3 * 0.7) = 162.
+    assert abs(changed - 1500) < 162
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_is_a_probability(share: float) -> None:
+    with pytest.raises(ValueError, match="share"):
+        typos(TEXT, share=share, seed=0)
+
+
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_labels_stay_and_every_column_changes(name: str) -> None:
+    rows = make_rows(make_task(pair=True), 40)
+    found = perturbed(rows, PERTURBATIONS[name])
+    assert (found.labels == rows.labels).all() and len(found) == 40
+    for old, new in zip(rows.texts, found.texts, strict=True):
+        assert (old != new) == (name != "lower case")
