@@ -40,6 +40,8 @@ class Row:
     """The classification head is never trained: no term reads the logits."""
     refuses: tuple[str, ...] = ()
     """Kinds of labels that it refuses."""
+    padding_counts: bool = False
+    """Padding changes its loss, as an official code's does."""
 
     def __str__(self) -> str:
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
@@ -49,6 +51,9 @@ class Row:
 BANK = {"negatives": "bank", "bank_negatives": 4}
 NO_CLASSES = ("regression", "multi-label")
 GENERATOR = {"generator": "tiny", "n_generator": 1, "n_student": 1, "generator_learning_rate": 1e-3}
+FEW = {"bank_negatives": 3, "dimension": 8}
+"""Tiny data sets leave few rows of another label."""
+LABELLED = ("multi-label",)
 
 TABLE = [
     Row("none"),
@@ -76,6 +81,12 @@ TABLE = [
     Row("cilda", {**GENERATOR, "projections": "frozen", "alpha2": True, "mask_probability": 0.5}),
     Row("cilda", {**GENERATOR, "teacher_layers": "random", "a1": 0.0, "projection_size": 8}),
     Row("cilda", {**GENERATOR, "a2": 0.0}),
+    Row("codir", FEW, refuses=LABELLED),
+    Row("codir", {"pooling": "cls", "teacher_layers": "every_other", **FEW}, refuses=LABELLED),
+    Row("codir", {"pooling": "unmasked_mean", **FEW}, refuses=LABELLED, padding_counts=True),
+    Row("codir", {"loss": "nce_official", **FEW}, refuses=LABELLED),
+    Row("codir", {"direction": "teacher_anchor", "negatives": "any", "alpha1": 0.0, **FEW}),
+    Row("codir", {"direction": "symmetric", "regression": 0.5, **FEW}, refuses=LABELLED),
 ]
 FAMILY_ROWS = [
     Row("none"),
@@ -83,6 +94,7 @@ FAMILY_ROWS = [
     Row("lrc-bert"),
     Row("lrc-bert", {"vector": "mean", **BANK}),
     Row("cilda", GENERATOR),
+    Row("codir", FEW),
 ]
 FAMILIES = ("roberta", "distilbert", "electra", "modernbert", "mpnet", "deberta-v2", "xlm-roberta")
 
@@ -208,7 +220,7 @@ def test_content_of_padding_changes_nothing(tmp_path: Path, row: Row, family: st
             batch = replace(batch, student=inputs, teacher=inputs)
         losses.append([loss_of(job, distiller, batch, stage).item() for stage in job.plan.stages])
     # Losses near zero are differences of numbers near one.
-    assert losses[0] == pytest.approx(losses[1], rel=2e-4, abs=1e-6)
+    assert (losses[0] == pytest.approx(losses[1], rel=2e-4, abs=1e-6)) is not row.padding_counts
 
 
 @bert_rows

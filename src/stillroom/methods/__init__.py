@@ -1,13 +1,20 @@
 """Every method by name. A new method is one file and one line here."""
 
 from stillroom.errors import WrongInput
-from stillroom.methods import cilda, kd, lrc_bert, mate_kd, none
+from stillroom.methods import cilda, codir, kd, lrc_bert, mate_kd, none
 from stillroom.methods.base import Context, Method, Plan
 from stillroom.recipe import MethodSettings, Recipe, Settings, nearest, validate
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (none.METHOD, kd.METHOD, lrc_bert.METHOD, cilda.METHOD, mate_kd.METHOD)
+    for method in (
+        none.METHOD,
+        kd.METHOD,
+        lrc_bert.METHOD,
+        codir.METHOD,
+        cilda.METHOD,
+        mate_kd.METHOD,
+    )
 }
 
 
