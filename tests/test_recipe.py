@@ -65,7 +65,7 @@ def test_a_key_like_no_other_names_them_all() -> None:
 
 def test_a_misspelt_method_names_the_nearest() -> None:
     assert "Unknown method 'lrc_bert'. Did you mean lrc-bert?" in message(method="lrc_bert")
-    assert "Valid: none, kd, lrc-bert." in message(method="quite-another")
+    assert "Valid: none, kd, lrc-bert" in message(method="quite-another")
 
 
 def test_an_option_of_another_method_is_refused() -> None:
