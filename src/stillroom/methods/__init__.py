@@ -1,7 +1,7 @@
 """Every method by name. A new method is one file and one line here."""
 
 from stillroom.errors import WrongInput
-from stillroom.methods import cilda, codir, kd, lrc_bert, mate_kd, none
+from stillroom.methods import bert_emd, cilda, codir, kd, lrc_bert, mate_kd, none
 from stillroom.methods.base import Context, Method, Plan
 from stillroom.recipe import MethodSettings, Recipe, Settings, nearest, validate
 
@@ -12,6 +12,7 @@ METHODS: dict[str, Method] = {
         kd.METHOD,
         lrc_bert.METHOD,
         codir.METHOD,
+        bert_emd.METHOD,
         cilda.METHOD,
         mate_kd.METHOD,
     )

@@ -1,1 +1,1 @@
-"""Pure tensor functions that two methods or more share."""
+"""Tensor functions that two methods or more share, and the layer masses of optimal transport."""

@@ -130,6 +130,49 @@ def output_divergence(
     return each.flatten(1).sum(1).mean()
 
 
+def soft_cross_entropy(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    *,
+    temperature: float,
+    kind: Kind = "classification",
+    mean_over_classes: bool = False,
+) -> Tensor:
+    """Return the temperature-scaled cross-entropy of the student under the teacher's soft labels.
+
+    Classification: ``-T**2 * mean_b sum_c softmax(teacher / T) log softmax(student / T)``: the
+    divergence of `soft_label_loss` plus the teacher's entropy, so with the same gradient. Multi-label:
+    the same, summed over the labels' Bernoulli distributions. Regression:
+    ``mean_b (student - teacher)**2``; neither T nor `mean_over_classes` is used.
+
+    Args:
+        student_BC: Logits, shape ``(B, C)``; gradients flow here only.
+        teacher_BC: Logits, shape ``(B, C)``; detached.
+        temperature: T > 0, unitless.
+        kind: What the logits mean.
+        mean_over_classes: Divide by C, as TinyBERT's and BERT-EMD's code does.
+
+    Returns:
+        Scalar in nats (squared label units for regression), averaged over the batch.
+
+    Raises:
+        ValueError: If the shapes differ or ``temperature`` is not positive and finite.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0]])
+        >>> round(soft_cross_entropy(logits, logits, temperature=1.0).item(), 4)
+        0.6931
+    """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, found {temperature}")
+    teacher_BC = teacher_BC.detach()
+    if kind == "regression":
+        return output_divergence(student_BC, teacher_BC, form="ce", kind=kind)
+    s, t = student_BC / temperature, teacher_BC / temperature
+    found = temperature**2 * output_divergence(s, t, form="ce", kind=kind)
+    return found / student_BC.shape[1] if mean_over_classes else found
+
+
 def _as_softmax(logits: Tensor) -> Tensor:
     """Return logits of a softmax over two that is each label's Bernoulli distribution: (z, 0)."""
     return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
