@@ -11,7 +11,17 @@ from typer.testing import CliRunner
 import stillroom
 from stillroom.cli import app
 
-COMMANDS = ("finetune", "distill", "evaluate", "export", "bench", "methods", "datasets")
+COMMANDS = (
+    "finetune",
+    "distill",
+    "evaluate",
+    "export",
+    "bench",
+    "generator",
+    "augment",
+    "methods",
+    "datasets",
+)
 WIDE = {"COLUMNS": "250", "TERMINAL_WIDTH": "250"}
 
 

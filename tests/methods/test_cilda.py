@@ -239,46 +239,43 @@ def test_golden_generator_objective() -> None:
 # The term on a model's outputs
 
 
-def outputs_of(depth: int, width: int, rows: int = 3, tokens: int = 4) -> Outputs:
-    states = {i: torch.randn(rows, tokens, width) for i in range(1, depth + 1)}
-    return Outputs(torch.randn(rows, 2), states)
+def outputs_of(depth: int, width: int, rows: int = 3, pooling: Any = "cls") -> Outputs:
+    pooled = {(pooling, i): torch.randn(rows, width) for i in range(1, depth + 1)}
+    return Outputs(torch.randn(rows, 2), pooled_states=pooled)
 
 
-def batch_of(mask: Tensor) -> Batch:
-    inputs = Inputs(torch.zeros_like(mask), mask, None)
-    return Batch(inputs, inputs, torch.zeros(len(mask), dtype=torch.long), torch.arange(len(mask)))
+def batch_of(rows: int = 3) -> Batch:
+    inputs = Inputs(torch.zeros(rows, 4), torch.ones(rows, 4), None)
+    return Batch(inputs, inputs, torch.zeros(rows, dtype=torch.long), torch.arange(rows))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_term_is_the_formula_over_pooled_layers(pooling: Any) -> None:
-    """By loops: pool each layer of each row, join the layers, project, compare."""
+    """By loops: join each row's layers in their order, project, compare."""
     torch.manual_seed(0)
     term = IntermediateContrast(CILDASettings(pooling=pooling, projection_size=6), CONTEXT)
-    student, teacher = outputs_of(2, 4), outputs_of(3, 5)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    student, teacher = outputs_of(2, 4, pooling=pooling), outputs_of(3, 5, pooling=pooling)
 
     def projected(outputs: Outputs, side: Any, row: int) -> list[float]:
         features: list[float] = []
-        for i in sorted(outputs.hidden_states):
-            state = outputs.hidden_states[i][row].tolist()
-            real = [state[0]] if pooling == "cls" else state[: int(mask[row].sum())]
-            features += [sum(column) / len(real) for column in zip(*real, strict=True)]
+        for _, i in sorted(outputs.pooled_states):
+            features += outputs.pooled_states[pooling, i][row].tolist()
         rows = zip(side.weight.tolist(), side.bias.tolist(), strict=True)
         return [b + sum(w * x for w, x in zip(ws, features, strict=True)) for ws, b in rows]
 
     z_T = [projected(teacher, term.teacher, row) for row in range(3)]
     z_S = [projected(student, term.student, row) for row in range(3)]
     want = sum(contrast_naively(z_T, z_S, 2.0, "teacher")) / 3
-    assert term(student, teacher, batch_of(mask)).item() == near(want, 1e-5)
+    assert term(student, teacher, batch_of()).item() == near(want, 1e-5)
 
 
 def test_alpha2_divides_by_the_logarithm_of_the_batch() -> None:
-    student, teacher, mask = outputs_of(2, 4), outputs_of(3, 5), torch.ones(3, 4, dtype=torch.long)
+    student, teacher = outputs_of(2, 4), outputs_of(3, 5)
     found = []
     for alpha2 in (False, True):
         torch.manual_seed(0)
         term = IntermediateContrast(CILDASettings(alpha2=alpha2), CONTEXT)
-        found.append(term(student, teacher, batch_of(mask)).item())
+        found.append(term(student, teacher, batch_of()).item())
     assert found[1] == near(found[0] / math.log(3), 1e-6)
 
 
@@ -287,13 +284,13 @@ def test_random_teacher_layers_are_distinct_sorted_and_reproducible() -> None:
     context = replace(CONTEXT, teacher_depth=6, teacher_width=1)
     term = IntermediateContrast(settings, context)
     # Each layer's state is its number; a projection that shows its input shows which were drawn.
-    numbers = Outputs(torch.zeros(2, 2), {i: torch.full((2, 4, 1), float(i)) for i in range(1, 7)})
+    layers = {("cls", i): torch.full((2, 1), float(i)) for i in range(1, 7)}
+    numbers = Outputs(torch.zeros(2, 2), pooled_states=layers)
     seen: list[tuple[float, ...]] = []
     term.teacher.forward = lambda f: seen.append(tuple(f[0].tolist())) or torch.ones(2, 3)
-    mask = torch.ones(2, 4, dtype=torch.long)
     for seed in itertools.chain(range(40), [0]):
         torch.manual_seed(seed)
-        term(outputs_of(2, 4, rows=2), numbers, batch_of(mask))
+        term(outputs_of(2, 4, rows=2), numbers, batch_of(2))
     assert all(a < b and {a, b} <= {1.0, 2.0, 3.0, 4.0, 5.0, 6.0} for a, b in seen)
     assert len(set(seen)) > 8 and {layer for pair in seen for layer in pair} == set(map(float, range(1, 7)))
     torch.manual_seed(0)
@@ -311,9 +308,9 @@ def test_frozen_projections_are_no_parameters_but_are_kept() -> None:
 
 
 def test_needs_are_every_layer_of_both_and_no_embeddings() -> None:
-    term = IntermediateContrast(CILDASettings(), CONTEXT)
-    assert term.student_needs.hidden_states == {1, 2}
-    assert term.teacher_needs.hidden_states == {1, 2, 3}
+    term = IntermediateContrast(CILDASettings(pooling="mean"), CONTEXT)
+    assert term.student_needs.pooled_states == {("mean", 1), ("mean", 2)}
+    assert term.teacher_needs.pooled_states == {("mean", 1), ("mean", 2), ("mean", 3)}
 
 
 # What does not go together

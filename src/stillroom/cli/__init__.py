@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from stillroom.cli import bench, datasets, distill, evaluate, export, finetune, frame, methods
+from stillroom.cli import (
+    augment,
+    bench,
+    datasets,
+    distill,
+    evaluate,
+    export,
+    finetune,
+    frame,
+    generator,
+    methods,
+)
 
 app = typer.Typer(
     name="stillroom",
@@ -26,6 +37,8 @@ app.command(epilog=distill.EXAMPLES)(distill.distill)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
+app.command(epilog=generator.EXAMPLES)(generator.generator)
+app.command(epilog=augment.EXAMPLES)(augment.augment)
 app.command(epilog=methods.EXAMPLES)(methods.methods)
 app.command(epilog=datasets.EXAMPLES)(datasets.datasets)
 

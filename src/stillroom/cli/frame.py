@@ -102,14 +102,10 @@ def dataset_settings(name: str | None, data_dir: Path | None, given: Sequence[st
     values: dict[str, Any] = {"dataset": {} if name is None else {"name": name}}
     for change in overrides(given, data_dir=data_dir):
         set_value(values, change)
-    data = (
-        validate(DatasetSettings, values.pop("dataset"), section="dataset")
-        if any(values.values())
-        else None
-    )
+    own = values.pop("dataset")
     if values:
         raise WrongInput(f"Only keys of dataset can be set here, found {', '.join(values)}.")
-    return data
+    return validate(DatasetSettings, own, section="dataset") if own else None
 
 
 def data_options(folder: Path) -> str:

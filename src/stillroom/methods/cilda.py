@@ -122,8 +122,10 @@ class IntermediateContrast(Term):
         self.settings = settings
         self.depths = context.student_depth, context.teacher_depth
         read = context.student_depth if settings.teacher_layers == "random" else context.teacher_depth
-        self.student_needs = Needs(hidden_states=frozenset(range(1, context.student_depth + 1)))
-        self.teacher_needs = Needs(hidden_states=frozenset(range(1, context.teacher_depth + 1)))
+        self.student_needs, self.teacher_needs = (
+            Needs(pooled_states=frozenset((settings.pooling, i) for i in range(1, depth + 1)))
+            for depth in self.depths
+        )
         trained = settings.projections != "frozen"
         size = settings.projection_size
         self.student = _Projection(context.student_depth * context.student_width, size, trained=trained)
@@ -134,17 +136,14 @@ class IntermediateContrast(Term):
         depth, layers = self.depths[0], list(range(1, self.depths[1] + 1))
         if self.settings.teacher_layers == "random":
             layers = sorted((1 + torch.randperm(len(layers))[:depth]).tolist())
-        z_S = self.student(self._pooled(student, range(1, depth + 1), batch.student.attention_mask))
-        z_T = self.teacher(self._pooled(teacher, layers, batch.teacher.attention_mask))
+        z_S = self.student(self._joined(student, range(1, depth + 1)))
+        z_T = self.teacher(self._joined(teacher, layers))
         each = in_batch_contrast(z_T, z_S, tau2=self.settings.tau2, anchor=self.settings.anchor)
         return each.mean() / (math.log(len(each)) if self.settings.alpha2 else 1.0)
 
-    def _pooled(self, outputs: Outputs, layers: Iterable[int], mask_BS: Tensor) -> Tensor:
+    def _joined(self, outputs: Outputs, layers: Iterable[int]) -> Tensor:
         """Return the layers' vectors of each row, end to end, shape `(B, F)`."""
-        if self.settings.pooling == "cls":
-            return torch.cat([outputs.hidden_states[i][:, 0] for i in layers], dim=-1)
-        weight_BS1 = (mask_BS / mask_BS.sum(1, keepdim=True))[..., None]
-        return torch.cat([(outputs.hidden_states[i] * weight_BS1).sum(1) for i in layers], dim=-1)
+        return torch.cat([outputs.pooled_states[self.settings.pooling, i] for i in layers], dim=-1)
 
 
 _STUDENT: dict[str, tuple[dict[str, float], dict[str, float]]] = {

@@ -9,7 +9,7 @@ from stillroom.preflight.base import Check, Report, Run
 from stillroom.preflight.folder import require_one_process
 from stillroom.preflight.models import require_same_head
 
-__all__ = ["Run", "check", "require_one_process", "require_same_head"]
+__all__ = ["Run", "check", "check_augmentation", "require_one_process", "require_same_head"]
 
 _FIRST: tuple[Check, ...] = (data.labels, models.vocabulary)
 """What must hold before a model can be scored on the rows."""
@@ -54,3 +54,10 @@ def check(run: Run, console: Console) -> dict[str, Any]:
     if not report.errors:
         models.trial(run, report)
     return report.close(console)
+
+
+def check_augmentation(run: Run, console: Console) -> None:
+    """Check only that generator, teacher and student go together, or raise `WrongInput`."""
+    report = Report()
+    models.augmentation(run, report)
+    report.close(console)

@@ -131,6 +131,11 @@ def restore(
     return Progress(**state["progress"]), load_file(best) if best.exists() else None
 
 
+def step_of(path: Path) -> int:
+    """Return how many steps a checkpoint was written after."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
 @torch.no_grad()
 def load_generator(generator: Generator, path: Path) -> None:
     """Load a checkpoint's weights into the generator that the run started from."""
