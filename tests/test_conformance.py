@@ -102,6 +102,10 @@ TABLE = [
     emd(update_masses=False),
     emd(alpha=0.5, temperature=3.0, reduction="per_sample"),
     emd(alpha=0.0, padding="masked"),
+    Row("angular-emd"),
+    Row("angular-emd", {"mass_rule": "A1", "perturbation": "second", "beta": 0.0}),
+    Row("angular-emd", {"mass_rule": "A2", "mass_temperature": 5.0, "gamma": 0.0, "floor": 1e-3}),
+    Row("angular-emd", {"update_masses": False, "switch": 0.0, "perturbation": "off"}),
 ]
 FAMILY_ROWS = [
     Row("none"),

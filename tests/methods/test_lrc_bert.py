@@ -18,11 +18,9 @@ from stillroom.encoder import Needs, Outputs, pool
 from stillroom.errors import WrongInput
 from stillroom.methods import lrc_bert
 from stillroom.methods.base import Context, Perturbation, Plan, Stage, Term
-from stillroom.methods.lrc_bert import (
-    CosNCE,
-    LRCBertSettings,
+from stillroom.methods.lrc_bert import CosNCE, LRCBertSettings, build
+from stillroom.ops.cos_nce import (
     angular_distance,
-    build,
     cos_nce,
     cos_nce_of_cosines,
     pooled_cos_nce,

@@ -1,7 +1,7 @@
 """Every method by name. A new method is one file and one line here."""
 
 from stillroom.errors import WrongInput
-from stillroom.methods import bert_emd, cilda, codir, kd, lrc_bert, mate_kd, none
+from stillroom.methods import angular_emd, bert_emd, cilda, codir, kd, lrc_bert, mate_kd, none
 from stillroom.methods.base import Context, Method, Plan
 from stillroom.recipe import MethodSettings, Recipe, Settings, nearest, validate
 
@@ -13,6 +13,7 @@ METHODS: dict[str, Method] = {
         lrc_bert.METHOD,
         codir.METHOD,
         bert_emd.METHOD,
+        angular_emd.METHOD,
         cilda.METHOD,
         mate_kd.METHOD,
     )

@@ -19,10 +19,15 @@ from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Perturbation, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.ops.cos_nce import (
+    EPS,
+    cos_nce,
+    cos_nce_of_cosines,
+    pooled_cos_nce,
+    token_cosines,
+)
 from stillroom.ops.layer_map import LayerMap, resolve_layer_map
 from stillroom.recipe import Settings
-
-_EPS = 1e-12
 
 
 class LRCBertSettings(Settings):
@@ -56,94 +61,6 @@ class LRCBertSettings(Settings):
     """Length of the perturbation."""
     perturbation_norm: Literal["token", "tensor"] = "token"
     """Whether each token's gradient, or the whole tensor's, is scaled to epsilon."""
-
-
-def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``g(x, y) = 1 - x.y / (|x| |y|)``, formula (2), in [0, 2]; norms clamped at 1e-12."""
-    return 1 - (F.normalize(x, dim=-1, eps=_EPS) * F.normalize(y, dim=-1, eps=_EPS)).sum(-1)
-
-
-def cos_nce(student_BE: Tensor, teacher_BE: Tensor, negatives_BKE: Tensor) -> Tensor:
-    """Return COS-NCE of each anchor, formula (1), in [0, 4].
-
-    ``sum_i [2 - (g(n_i, s) - g(t, s))] / (2K) + g(t, s)``. The student is the anchor; the teacher's
-    vector of the same row is the positive, its vectors of other rows are the negatives.
-
-    Args:
-        student_BE: Anchors, shape ``(B, E)``; gradients flow here.
-        teacher_BE: Positives, shape ``(B, E)``; detached.
-        negatives_BKE: Negatives of each anchor, shape ``(B, K, E)``; detached.
-
-    Returns:
-        Shape ``(B,)``, unitless.
-
-    Raises:
-        ValueError: If there are no negatives.
-
-    Example:
-        >>> s, t, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 1.0]]])
-        >>> cos_nce(s, t, n).tolist()
-        [0.5]
-    """
-    K = negatives_BKE.shape[1]
-    if K == 0:
-        raise ValueError("COS-NCE needs at least one negative for each anchor, found none")
-    positive_B = angular_distance(teacher_BE.detach(), student_BE)
-    negative_BK = angular_distance(negatives_BKE.detach(), student_BE[:, None])
-    return (2 - (negative_BK - positive_B[:, None])).sum(1) / (2 * K) + positive_B
-
-
-def cos_nce_of_cosines(cosine_LBB: Tensor, negative_BB: Tensor) -> Tensor:
-    """Return COS-NCE of each anchor from all cosines: ``2 - 1.5 c_aa + 0.5 mean_b c_ab``.
-
-    The closed form of formula (1). ``negative_BB`` is 1 where row b is a negative of anchor a; an
-    anchor without any keeps its positive part, as if its negatives were orthogonal to it.
-    """
-    positive_LB = cosine_LBB.diagonal(dim1=-2, dim2=-1)
-    count_B = negative_BB.sum(-1).clamp(min=1)
-    negative_LB = (cosine_LBB * negative_BB).sum(-1) / count_B
-    return 2 - 1.5 * positive_LB + 0.5 * negative_LB
-
-
-def pooled_cos_nce(student_LBE: Tensor, teacher_LBE: Tensor) -> Tensor:
-    """Return COS-NCE of each anchor, all other rows its negatives, in O(B E) through their sum.
-
-    Args:
-        student_LBE: One vector per row and layer; gradients flow here.
-        teacher_LBE: The same of the teacher; detached.
-
-    Returns:
-        Shape ``(L, B)``; equal to formula (1) to rounding.
-    """
-    s = F.normalize(student_LBE, dim=-1, eps=_EPS)
-    t = F.normalize(teacher_LBE.detach(), dim=-1, eps=_EPS)
-    positive_LB = (s * t).sum(-1)
-    all_LB = (s * t.sum(1, keepdim=True)).sum(-1)
-    return 2 - 1.5 * positive_LB + 0.5 * (all_LB - positive_LB) / (s.shape[1] - 1)
-
-
-def token_cosines(student_LBSE: Tensor, teacher_LBSE: Tensor, mask_BS: Tensor) -> Tensor:
-    """Return the mean cosine of tokens at the same position, for every pair of rows.
-
-    ``c_ab = sum_p m_ap m_bp cos(s_ap, t_bp) / sum_p m_ap m_bp``: a position counts where it is a
-    real token in both rows. One matrix product over flattened positions, no (B, B, S) tensor.
-
-    Args:
-        student_LBSE: Projected student states; gradients flow here.
-        teacher_LBSE: Teacher states; detached.
-        mask_BS: 1 on real tokens; every row has one at position 0.
-
-    Returns:
-        Shape ``(L, B, B)``, anchors in rows, teacher rows in columns.
-    """
-    mask_BS = mask_BS.to(student_LBSE.dtype)
-    # One product instead of two: mask and length are both numbers per token.
-    u, v = (
-        states * (mask_BS / torch.linalg.vector_norm(states, dim=-1).clamp(min=_EPS))[..., None]
-        for states in (student_LBSE, teacher_LBSE.detach())
-    )
-    dots: Tensor = u.flatten(2) @ v.flatten(2).mT
-    return dots / (mask_BS @ mask_BS.T)
 
 
 class CosNCE(Term):
@@ -193,7 +110,7 @@ class CosNCE(Term):
         if self.settings.vector == "token":
             cosine_LBB = token_cosines(states, goals, mask_BS)
         elif self.settings.label_aware:
-            cosine_LBB = F.normalize(states, dim=-1, eps=_EPS) @ F.normalize(goals, dim=-1, eps=_EPS).mT
+            cosine_LBB = F.normalize(states, dim=-1, eps=EPS) @ F.normalize(goals, dim=-1, eps=EPS).mT
         else:
             return pooled_cos_nce(states, goals).mean(1).sum()
         return cos_nce_of_cosines(cosine_LBB, self._negatives(batch)).mean(1).sum()

@@ -1,0 +1,106 @@
+"""COS-NCE: the angular contrastive loss of LRC-BERT, with teacher rows as positives and negatives.
+
+Fu et al. 2021, arXiv 2012.07335, as re-implemented by GLMKD and BERT-gang;
+`docs/methods/lrc-bert.md` says what could not be checked against the paper.
+
+Shapes: L layers, B batch, S tokens, E teacher width, K negatives.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-12
+"""Least norm that a vector is divided by."""
+
+
+def angular_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``g(x, y) = 1 - x.y / (|x| |y|)``, formula (2), in [0, 2]; norms clamped at 1e-12."""
+    return 1 - (F.normalize(x, dim=-1, eps=EPS) * F.normalize(y, dim=-1, eps=EPS)).sum(-1)
+
+
+def cos_nce(student_BE: Tensor, teacher_BE: Tensor, negatives_BKE: Tensor) -> Tensor:
+    """Return COS-NCE of each anchor, formula (1), in [0, 4].
+
+    ``sum_i [2 - (g(n_i, s) - g(t, s))] / (2K) + g(t, s)``. The student is the anchor; the teacher's
+    vector of the same row is the positive, its vectors of other rows are the negatives.
+
+    Args:
+        student_BE: Anchors, shape ``(B, E)``; gradients flow here.
+        teacher_BE: Positives, shape ``(B, E)``; detached.
+        negatives_BKE: Negatives of each anchor, shape ``(B, K, E)``; detached.
+
+    Returns:
+        Shape ``(B,)``, unitless.
+
+    Raises:
+        ValueError: If there are no negatives.
+
+    Example:
+        >>> s, t, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.0, 1.0]]])
+        >>> cos_nce(s, t, n).tolist()
+        [0.5]
+    """
+    K = negatives_BKE.shape[1]
+    if K == 0:
+        raise ValueError("COS-NCE needs at least one negative for each anchor, found none")
+    positive_B = angular_distance(teacher_BE.detach(), student_BE)
+    negative_BK = angular_distance(negatives_BKE.detach(), student_BE[:, None])
+    return (2 - (negative_BK - positive_B[:, None])).sum(1) / (2 * K) + positive_B
+
+
+def cos_nce_of_cosines(cosine_LBB: Tensor, negative_BB: Tensor) -> Tensor:
+    """Return COS-NCE of each anchor from all cosines: ``2 - 1.5 c_aa + 0.5 mean_b c_ab``.
+
+    The closed form of formula (1). ``negative_BB`` is 1 where row b is a negative of anchor a; an
+    anchor without any keeps its positive part, as if its negatives were orthogonal to it.
+    """
+    positive_LB = cosine_LBB.diagonal(dim1=-2, dim2=-1)
+    count_B = negative_BB.sum(-1).clamp(min=1)
+    negative_LB = (cosine_LBB * negative_BB).sum(-1) / count_B
+    return 2 - 1.5 * positive_LB + 0.5 * negative_LB
+
+
+def pooled_cos_nce(student_LBE: Tensor, teacher_LBE: Tensor) -> Tensor:
+    """Return COS-NCE of each anchor, all other rows its negatives, in O(B E) through their sum.
+
+    Args:
+        student_LBE: One vector per row and layer; gradients flow here.
+        teacher_LBE: The same of the teacher; detached.
+
+    Returns:
+        Shape ``(L, B)``; equal to formula (1) to rounding.
+    """
+    s = F.normalize(student_LBE, dim=-1, eps=EPS)
+    t = F.normalize(teacher_LBE.detach(), dim=-1, eps=EPS)
+    positive_LB = (s * t).sum(-1)
+    all_LB = (s * t.sum(1, keepdim=True)).sum(-1)
+    return 2 - 1.5 * positive_LB + 0.5 * (all_LB - positive_LB) / (s.shape[1] - 1)
+
+
+def token_cosines(student_LBSE: Tensor, teacher_LBSE: Tensor, mask_BS: Tensor) -> Tensor:
+    """Return the mean cosine of tokens at the same position, for every pair of rows.
+
+    ``c_ab = sum_p m_ap m_bp cos(s_ap, t_bp) / sum_p m_ap m_bp``: a position counts where it is a
+    real token in both rows. One matrix product over flattened positions, no (B, B, S) tensor.
+
+    Args:
+        student_LBSE: Projected student states; gradients flow here.
+        teacher_LBSE: Teacher states; detached.
+        mask_BS: 1 on real tokens; every row has one at position 0.
+
+    Returns:
+        Shape ``(L, B, B)``, anchors in rows, teacher rows in columns.
+    """
+    u, v = unit_tokens(student_LBSE, mask_BS), unit_tokens(teacher_LBSE.detach(), mask_BS)
+    mask_BS = mask_BS.to(u.dtype)
+    dots: Tensor = u.flatten(2) @ v.flatten(2).mT
+    return dots / (mask_BS @ mask_BS.T)
+
+
+def unit_tokens(states_LBSE: Tensor, mask_BS: Tensor) -> Tensor:
+    """Return each real token's state at length 1, and 0 on padding; norms clamped at 1e-12."""
+    # One product instead of two: mask and length are both numbers per token.
+    lengths_LBS = torch.linalg.vector_norm(states_LBSE, dim=-1).clamp(min=EPS)
+    found: Tensor = states_LBSE * (mask_BS.to(states_LBSE.dtype) / lengths_LBS)[..., None]
+    return found
