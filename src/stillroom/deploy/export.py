@@ -316,12 +316,12 @@ class _Work:
         return [gate.arrays(tokens, np.array([row])) for row in chosen]
 
     def quantised(
-        self, int8: gate.Int8, target: Path, open_session: Callable[[Path], Session]
+        self, int8: gate.Int8, target: Path, scratch: Path, open_session: Callable[[Path], Session]
     ) -> dict[str, Any]:
         """Write a model in int8 through the gate, and return what was tried."""
         assert self.split is not None and self.goal is not None
         found = gate.quantise(
-            int8, target, open_session, self.split, self.goal, self.max_drop, self.console
+            int8, target, scratch, open_session, self.split, self.goal, self.max_drop, self.console
         )
         return {"parts": len(int8.parts), "left_out": list(found.left_out), "tried": list(found.tried)}
 
@@ -335,7 +335,7 @@ def _onnx(work: _Work, aside: Path, scratch: Path) -> dict[str, Any]:
 def _onnx_int8(work: _Work, aside: Path, scratch: Path) -> dict[str, Any]:
     fused, counts = _fused(work, scratch)
     target = aside / forms.FILES["onnx-int8"][0]
-    found = work.quantised(quantise.OnnxInt8(fused), target, OnnxSession)
+    found = work.quantised(quantise.OnnxInt8(fused), target, scratch, OnnxSession)
     return {"opset": graph.OPSET, "fused": counts, **found}
 
 
@@ -349,7 +349,7 @@ def _openvino_int8(work: _Work, aside: Path, scratch: Path) -> dict[str, Any]:
     quantise.write_openvino(_plain(work, scratch), source)
     rows = work.inputs(quantise.CALIBRATION_ROWS, "train")
     target = aside / forms.FILES["openvino-int8"][0]
-    found = work.quantised(quantise.OpenVinoInt8(source, rows), target, OpenVinoSession)
+    found = work.quantised(quantise.OpenVinoInt8(source, rows), target, scratch, OpenVinoSession)
     return {"opset": graph.OPSET, **found}
 
 

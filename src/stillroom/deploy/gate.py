@@ -4,7 +4,7 @@ Shapes: B batch, S tokens, C classes.
 """
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,7 +149,8 @@ class Passed:
 def quantise(
     int8: Int8,
     target: Path,
-    open_session: Any,
+    scratch: Path,
+    open_session: Callable[[Path], Session],
     split: Split,
     goal: float,
     max_drop: float,
@@ -164,6 +165,7 @@ def quantise(
     Args:
         int8: Writes a model with some parts left out.
         target: Where the model goes.
+        scratch: An existing folder for what is only measured.
         open_session: From a path to a session.
         split: The validation split.
         goal: The source's first metric on it.
@@ -187,7 +189,7 @@ def quantise(
         markup=False,
         highlight=False,
     )
-    harm = _harm(int8, target, open_session, split, console)
+    harm = _harm(int8, scratch / target.name, open_session, split, console)
     worst = sorted(harm, key=lambda part: -harm[part])
     for count in MOST_LEFT_OUT:
         if count >= len(worst):
@@ -198,14 +200,16 @@ def quantise(
     return best
 
 
-def _harm(int8: Int8, target: Path, open_session: Any, split: Split, console: Console) -> dict[str, float]:
+def _harm(
+    int8: Int8, trial: Path, open_session: Callable[[Path], Session], split: Split, console: Console
+) -> dict[str, float]:
     """Return for each part how far the logits move when it alone is in int8."""
     chosen = np.linspace(0, len(split.tokens) - 1, min(SENSITIVITY_ROWS, len(split.tokens))).astype(int)
     inputs = [arrays(split.tokens, rows) for rows in np.array_split(chosen, -(-len(chosen) // 32))]
 
     def run(left_out: Collection[str]) -> np.ndarray:
-        int8(left_out, target)
-        session = open_session(target)
+        int8(left_out, trial)
+        session = open_session(trial)
         return np.concatenate([session(batch) for batch in inputs])
 
     parts = int8.parts
