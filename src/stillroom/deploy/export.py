@@ -15,7 +15,7 @@ from rich.console import Console
 
 from stillroom import durable, encoder
 from stillroom.data import sources
-from stillroom.data.tasks import Dataset
+from stillroom.data.tasks import Dataset, Rows
 from stillroom.data.tokens import tokenise
 from stillroom.deploy import forms, gate, graph, quantise
 from stillroom.deploy.predictor import (
@@ -168,7 +168,7 @@ class _Work:
     def trimmed(self, paths: Sequence[Path]) -> "_Work":
         """Return the same with a smaller vocabulary, which has to pass the gate itself."""
         assert self.dataset is not None and self.split is not None and self.goal is not None
-        texts = read_texts(paths) if paths else texts_of(self.dataset.split("train"))
+        texts = read_texts(paths) if paths else texts_of(self._training_text())
         whole = self.encoder
         smaller = trim(whole, used_ids(whole.tokenizer, texts))
         tokens = tokenise(
@@ -193,6 +193,12 @@ class _Work:
             "drop": verdict.drop,
         }
         return replace(self, encoder=smaller, split=split, trimmed_to=found)
+
+    def _training_text(self) -> Rows:
+        """Return the training split with all of its rows, also those that the run did not train on."""
+        assert self.settings is not None
+        every = self.settings.model_copy(update={"train_rows": None})
+        return sources.load(every, splits=("train",)).split("train")
 
     def write(self, names: Sequence[str], aside: Path) -> dict[str, Any]:
         """Write all forms that pass into `aside`, and return the manifest."""
