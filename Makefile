@@ -17,6 +17,7 @@ demo: install
 	rm -rf $(RUN)
 	$(BIN)/stillroom finetune --model minilm-l6 --dataset builtin/verdicts --set training.learning_rate=1e-4 -o $(RUN)/teacher
 	$(BIN)/stillroom distill recipes/demo.yaml -o $(RUN)
+	$(BIN)/stillroom export $(RUN) --format onnx-int8
 
 test: install
 	$(BIN)/ruff format --check .
