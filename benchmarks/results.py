@@ -1,38 +1,37 @@
-"""Measure LRC-BERT, plain distillation and no teacher on GLUE: every figure of docs/results.md.
+"""Measure every method on GLUE: every figure of docs/results.md.
 
     python benchmarks/results.py --data-dir ../shared/data --work runs/results
     python benchmarks/results.py --work runs/results --json > benchmarks/results.json
     python benchmarks/results.py --markdown          the tables of docs/results.md, from that file
 
 Teacher: minilm-l6 fine-tuned on each task. Student: its layers 2, 4, 6. Learning rates are tuned on a
-fold of SST-2's training rows, for each method; the validation split is used only to report. Nothing is
-selected on it: the student is that of the last step. Runs that are done are skipped, so that a killed
-measurement goes on where it stopped.
+fold of SST-2's training rows, for each method (a variant has its method's); the validation split is used
+only to report. Nothing is selected on it: the student is that of the last step. All methods take equally
+many steps. What is done is skipped and a run that was killed goes on, so that a killed measurement
+continues; seed by seed, so that one that is cut short compares what it has.
 """
 
 import argparse
 import json
-import os
 import shutil
-import statistics
-import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from stillroom import Comparison, FinetuneRecipe, compare, finetune
+
 SEEDS = (0, 1, 2)
 RATES = (5e-5, 1e-4, 3e-4)
+STUDENT = "layers:2,4,6"
 
-METHODS: dict[str, dict[str, object]] = {
-    "none": {"name": "none"},
-    "kd": {"name": "kd"},
-    "lrc-bert": {"name": "lrc-bert"},
-}
+METHODS = ("none", "kd", "lrc-bert", "codir", "bert-emd")
+"""In the order of the tables; the first is the control."""
+
 ABLATIONS: dict[str, dict[str, object]] = {
     "without COS-NCE": {"name": "lrc-bert", "alpha": 0},
     "without soft labels": {"name": "lrc-bert", "beta": 0},
@@ -49,7 +48,7 @@ class Plan:
     """How much of a task fits the time: epochs, and rows where a subset is used."""
 
     teacher_epochs: int
-    epochs: int
+    epochs: float
     teacher_rate: float = 5e-5
     train_rows: int | None = None
     ablate: bool = False
@@ -67,76 +66,147 @@ FOLD = Plan(teacher_epochs=2, epochs=1, teacher_rate=1e-4)
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training: where it is kept and what it is told."""
+class Measurement:
+    """Where it is kept, what it reads, and which part of it is asked for."""
 
-    folder: Path
-    command: list[str]
-    settings: dict[str, object] = field(default_factory=dict)
+    work: Path
+    data_dir: Path
+    workers: int
+    tasks: dict[str, Plan]
+    methods: Sequence[str]
+    seeds: Sequence[int]
+
+    def run(self) -> None:
+        """Do what is missing: tuning and teachers first, then seed by seed."""
+        self.teacher("tuning", {"name": str(make_fold(self.work, self.data_dir))}, FOLD)
+        for task, plan in self.tasks.items():
+            self.teacher(task, self.data(task), plan)
+        rates = self.tune()
+        print("learning rates", rates, flush=True)
+        for seed in self.seeds:
+            for task in self.tasks:
+                self.compare(task, {name: {"name": name} for name in self.methods}, rates, seed)
+            for task, plan in self.tasks.items():
+                if plan.ablate and "lrc-bert" in self.methods:
+                    self.compare(task, ABLATIONS, rates, seed)
+
+    def data(self, task: str) -> dict[str, Any]:
+        """Return the section `dataset` of a task."""
+        plan = self.tasks[task]
+        return {"name": f"glue/{task}", "data_dir": str(self.data_dir)} | (
+            {} if plan.train_rows is None else {"train_rows": plan.train_rows}
+        )
+
+    def teacher(self, name: str, data: dict[str, Any], plan: Plan) -> None:
+        """Fine-tune the teacher, on all rows, unless that is done."""
+        folder = self.work / name / "teacher"
+        if (folder / "metrics.json").exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        whole = {key: value for key, value in data.items() if key != "train_rows"}
+        training = {
+            "epochs": plan.teacher_epochs,
+            "learning_rate": plan.teacher_rate,
+            "select": "last",
+        }
+        recipe = FinetuneRecipe.load(model="minilm-l6", dataset=whole, training=training)
+        found = finetune(recipe, folder)
+        print("teacher", name, found["model"]["metrics"], flush=True)
+
+    def comparison(
+        self, name: str, data: dict[str, Any], variants: dict[str, Any], epochs: float, seed: int
+    ) -> Comparison:
+        """Return the comparison of methods with options, each with a learning rate of its own."""
+        training = {
+            "epochs": epochs,
+            "batch_size": BATCH_SIZE,
+            "select": "last",
+            "evaluate_every": epochs,
+        }
+        return Comparison.load(
+            teacher=str(self.work / name / "teacher"),
+            dataset=data,
+            students=[STUDENT],
+            seeds=[seed],
+            training=training,
+            methods={
+                key: {"method": method, "training": {"learning_rate": rate}}
+                for key, (method, rate) in variants.items()
+            },
+        )
+
+    def tune(self) -> dict[str, float]:
+        """Return the best learning rate on the fold for each method."""
+        tried = {f"{name} {rate:g}": ({"name": name}, rate) for rate in RATES for name in self.methods}
+        data = {"name": str(make_fold(self.work, self.data_dir))}
+        wanted = self.comparison("tuning", data, tried, FOLD.epochs, 0)
+        compare(wanted, self.work / "tuning" / "compare", workers=self.workers)
+        scores = self.tuning()
+        return {
+            name: max(RATES, key=lambda rate: (scores[f"{name} {rate:g}"], rate)) for name in self.methods
+        }
+
+    def tuning(self) -> dict[str, float]:
+        """Return accuracy on the fold by method and rate."""
+        entries = read(self.work / "tuning" / "compare")["students"][STUDENT]["methods"]
+        return {name: one["mean"]["accuracy"] for name, one in entries.items()}
+
+    def folder(self, task: str) -> Path:
+        """Return where a task's comparison is kept."""
+        return self.work / task / f"compare-{self.tasks[task].epochs:g}-epochs"
+
+    def compare(
+        self, task: str, variants: dict[str, dict[str, object]], rates: dict[str, float], seed: int
+    ) -> None:
+        """Do what is missing of these variants of methods on a task, from one seed."""
+        rated = {name: (method, rates[str(method["name"])]) for name, method in variants.items()}
+        wanted = self.comparison(task, self.data(task), rated, self.tasks[task].epochs, seed)
+        started = time.perf_counter()
+        compare(wanted, self.folder(task), workers=self.workers)
+        print(task, "seed", seed, f"{time.perf_counter() - started:.0f} s", flush=True)
+
+    def figures(self) -> dict[str, Any]:
+        """Return every figure of what is done."""
+        scores = self.tuning()
+        tried = [name for name in self.methods if f"{name} {RATES[0]:g}" in scores]
+        rates = {name: max(RATES, key=lambda rate: (scores[f"{name} {rate:g}"], rate)) for name in tried}
+        found: dict[str, Any] = {
+            "settings": {
+                "rates": rates,
+                "batch_size": BATCH_SIZE,
+                "tasks": {task: asdict(plan) for task, plan in self.tasks.items()},
+            },
+            "tuning": scores,
+            "tasks": {},
+        }
+        for task in self.tasks:
+            if not (self.folder(task) / "compare.json").exists():
+                continue
+            compared = read(self.folder(task))
+            found["environment"] = compared["environment"]
+            made = compared["students"][STUDENT]
+            found["tasks"][task] = {
+                "metric": compared["metric"],
+                "teacher": compared["teacher"],
+                "student": {key: value for key, value in made.items() if key not in ("methods", "control")},
+                "students": {
+                    name: {
+                        "seeds": one["seeds"],
+                        "mean": one["mean"][compared["metric"]],
+                        "spread": (one["standard_deviation"] or {}).get(compared["metric"]),
+                        "retained": one["retained"],
+                        "against_control": one.get("against_control", {}).get(compared["metric"]),
+                        "seconds": one["seconds"],
+                        "steps": one["steps"],
+                    }
+                    for name, one in made["methods"].items()
+                },
+            }
+        return found
 
 
-def overrides(settings: dict[str, object]) -> list[str]:
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-
-
-def execute(run: Run) -> None:
-    """Run one training on one thread in a process of its own, unless it is done."""
-    if (run.folder / "metrics.json").exists():
-        return
-    shutil.rmtree(run.folder, ignore_errors=True)
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "stillroom.cli", *run.command, "-o", str(run.folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (run.folder.parent / f"{run.folder.name}.log").open("w") as log:
-        code = subprocess.run(
-            [*command, *overrides(run.settings)], stdout=log, stderr=log, env=environment
-        ).returncode
-    if code:
-        raise SystemExit(f"{run.folder} failed with {code}: see {log.name}")
-    for heavy in ("checkpoints", "student"):
-        shutil.rmtree(run.folder / heavy, ignore_errors=True)
-    print("done", run.folder, flush=True)
-
-
-def execute_all(runs: list[Run], workers: int) -> None:
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(execute, runs))
-
-
-def teacher_run(folder: Path, data: list[str], plan: Plan) -> Run:
-    settings: dict[str, object] = {
-        "training.epochs": plan.teacher_epochs,
-        "training.learning_rate": plan.teacher_rate,
-        "training.select": "last",
-    }
-    return Run(folder, ["finetune", "--model", "minilm-l6", *data], settings)
-
-
-def student_run(
-    folder: Path,
-    teacher: Path,
-    data: list[str],
-    method: dict[str, object],
-    *,
-    epochs: int,
-    rate: float,
-    seed: int,
-    rows: int | None = None,
-) -> Run:
-    settings: dict[str, object] = {
-        "training.epochs": epochs,
-        "training.batch_size": BATCH_SIZE,
-        "training.learning_rate": rate,
-        "training.seed": seed,
-        "training.select": "last",
-        "training.evaluate_every": epochs,
-        "training.checkpoint_every": 100_000,
-    }
-    if rows is not None:
-        settings["dataset.train_rows"] = rows
-    settings |= {f"method.{key}": value for key, value in method.items() if key != "name"}
-    command = ["distill", "--teacher", str(teacher), "--student", "layers:2,4,6"]
-    return Run(folder, [*command, "--method", str(method["name"]), *data], settings)
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "compare.json").read_text())
 
 
 def make_fold(work: Path, data_dir: Path) -> Path:
@@ -151,117 +221,29 @@ def make_fold(work: Path, data_dir: Path) -> Path:
     return folder
 
 
-def fold_teacher(work: Path, data_dir: Path) -> Run:
-    return teacher_run(work / "tuning" / "teacher", ["--dataset", str(make_fold(work, data_dir))], FOLD)
-
-
-def tuning(work: Path, data_dir: Path, teacher: Run) -> list[tuple[str, float, Run]]:
-    """Return a run on the fold for each method and learning rate."""
-    data = ["--dataset", str(make_fold(work, data_dir))]
-    return [
-        (
-            name,
-            rate,
-            student_run(
-                work / "tuning" / f"{name}-{rate:g}",
-                teacher.folder,
-                data,
-                method,
-                epochs=FOLD.epochs,
-                rate=rate,
-                seed=0,
-            ),
-        )
-        for rate in RATES
-        for name, method in METHODS.items()
-    ]
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def fold_score(run: Run) -> float:
-    """Return accuracy, the first metric of a file of one's own."""
-    return read(run.folder)["student"]["metrics"]["accuracy"]
-
-
-def tuned_rates(runs: list[tuple[str, float, Run]]) -> dict[str, float]:
-    return {
-        name: max((fold_score(run), rate) for other, rate, run in runs if other == name)[1]
-        for name in METHODS
-    }
-
-
-def grid(work: Path, data_dir: Path, rates: dict[str, float]) -> Iterator[tuple[str, str, int, Run]]:
-    """Yield task, variant, seed and run: a seed's methods and its ablations, then the next seed's."""
-    for seed in SEEDS:
-        for variants, ablation in ((METHODS, False), (ABLATIONS, True)):
-            for task, plan in TASKS.items():
-                if ablation and not plan.ablate:
-                    continue
-                data = ["--dataset", f"glue/{task}", "--data-dir", str(data_dir)]
-                for name, method in variants.items():
-                    folder = work / task / f"{name.replace(' ', '-').lower()}-{seed}"
-                    yield (
-                        task,
-                        name,
-                        seed,
-                        student_run(
-                            folder,
-                            work / task / "teacher",
-                            data,
-                            method,
-                            epochs=plan.epochs,
-                            rate=rates[str(method["name"])],
-                            seed=seed,
-                            rows=plan.train_rows,
-                        ),
-                    )
-
-
-def table(work: Path, data_dir: Path) -> dict:
-    """Return every figure as JSON: mean and spread over the seeds that are done."""
-    tuned = tuning(work, data_dir, fold_teacher(work, data_dir))
-    rates = tuned_rates(tuned)
-    found: dict = {
-        "settings": {
-            "rates": rates,
-            "batch_size": BATCH_SIZE,
-            "tasks": {task: vars(plan) for task, plan in TASKS.items()},
-        },
-        "tuning": {f"{name} {rate:g}": fold_score(run) for name, rate, run in tuned},
-        "tasks": {},
-    }
-    for task, name, seed, run in grid(work, data_dir, rates):
-        if not (run.folder / "metrics.json").exists():
-            continue
-        metrics = read(run.folder)
-        found["environment"] = metrics["environment"]
-        entry = found["tasks"].setdefault(task, {"metric": metrics["metric"], "students": {}})
-        entry["teacher"] = metrics["teacher"]
-        student = entry["students"].setdefault(name, {"seeds": {}})
-        student["seeds"][str(seed)] = metrics["student"]["metrics"]
-    for entry in found["tasks"].values():
-        goal = entry["teacher"]["metrics"][entry["metric"]]
-        for student in entry["students"].values():
-            values = [metrics[entry["metric"]] for metrics in student["seeds"].values()]
-            student["mean"] = statistics.mean(values)
-            student["spread"] = statistics.stdev(values) if len(values) > 1 else None
-            student["retained"] = student["mean"] / goal
-    return found
+def names_in(found: dict) -> list[str]:
+    """Return the methods that have figures, in the order of the tables."""
+    return [name for name in METHODS if any(name in task["students"] for task in found["tasks"].values())]
 
 
 def markdown(found: dict) -> str:
     """Return the tables of docs/results.md."""
-    lines = ["| task (metric) | teacher | " + " | ".join(METHODS) + " | kept: " + ", ".join(METHODS) + " |"]
-    lines.append("|---|---|" + "---|" * (len(METHODS) + 1))
+    names = names_in(found)
+    lines = ["| task (metric) | teacher | " + " | ".join(names) + " | kept: " + ", ".join(names) + " |"]
+    lines.append("|---|---|" + "---|" * (len(names) + 1))
     for task, entry in found["tasks"].items():
         metric = entry["metric"]
-        students = [entry["students"].get(name) for name in METHODS]
+        students = [entry["students"].get(name) for name in names]
         kept = ", ".join("-" if student is None else f"{student['retained']:.1%}" for student in students)
         cells = [f"{task} ({metric})", f"{100 * entry['teacher']['metrics'][metric]:.1f}"]
         lines.append("| " + " | ".join([*cells, *map(cell, students), kept]) + " |")
+    if any(
+        one.get("against_control") for task in found["tasks"].values() for one in task["students"].values()
+    ):
+        lines += ["", "| minus none | " + " | ".join(names[1:]) + " |", "|---|" + "---|" * (len(names) - 1)]
+        for task, entry in found["tasks"].items():
+            cells = [difference(entry["students"].get(name)) for name in names[1:]]
+            lines.append(f"| {task} ({entry['metric']}) | " + " | ".join(cells) + " |")
     tasks = [task for task in found["tasks"] if TASKS[task].ablate]
     lines += ["", "| variant | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
     for name in ["lrc-bert", *ABLATIONS, "kd", "none"]:
@@ -278,34 +260,45 @@ def cell(student: dict | None) -> str:
     return f"{100 * student['mean']:.1f}{spread} ({len(student['seeds'])})"
 
 
+def difference(student: dict | None) -> str:
+    """Return the difference to the control in points, with its 95 % interval."""
+    found = None if student is None else student.get("against_control")
+    if found is None:
+        return "-"
+    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/results"))
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="of these: %(default)s")
+    parser.add_argument("--methods", default=",".join(METHODS), help="of these: %(default)s")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="default: %(default)s")
+    parser.add_argument("--epochs", type=float, help="for all tasks; default: the script's, for each")
     parser.add_argument("--json", action="store_true", help="print the figures of what is done")
     parser.add_argument("--markdown", action="store_true", help="print the committed figures as tables")
     options = parser.parse_args()
-    work, data_dir = options.work.absolute(), options.data_dir.absolute()
     if options.markdown:
         print(markdown(json.loads(Path(__file__).with_suffix(".json").read_text())))
         return
+    tasks = {name: TASKS[name] for name in options.tasks.split(",")}
+    if options.epochs is not None:
+        tasks = {name: replace(plan, epochs=options.epochs) for name, plan in tasks.items()}
+    measurement = Measurement(
+        options.work.absolute(),
+        options.data_dir.absolute(),
+        options.workers,
+        tasks,
+        options.methods.split(","),
+        [int(seed) for seed in options.seeds.split(",")],
+    )
     if options.json:
-        print(json.dumps(table(work, data_dir), indent=2))
+        print(json.dumps(measurement.figures(), indent=2))
         return
-    tutor = fold_teacher(work, data_dir)
-    tuned = tuning(work, data_dir, tutor)
-    teachers = [
-        teacher_run(
-            work / task / "teacher", ["--dataset", f"glue/{task}", "--data-dir", str(data_dir)], plan
-        )
-        for task, plan in TASKS.items()
-    ]
-    execute_all([tutor], options.workers)
-    execute_all([*teachers, *(run for _, _, run in tuned)], options.workers)
-    rates = tuned_rates(tuned)
-    print("learning rates", rates, flush=True)
-    execute_all([run for *_, run in grid(work, data_dir, rates)], options.workers)
+    measurement.run()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import stillroom
 
 def test_public_names_are_these() -> None:
     assert stillroom.__all__ == [
+        "Comparison",
         "DatasetSettings",
         "FinetuneRecipe",
         "Recipe",
@@ -16,6 +17,7 @@ def test_public_names_are_these() -> None:
         "WrongInput",
         "__version__",
         "bench",
+        "compare",
         "distill",
         "evaluate",
         "export",

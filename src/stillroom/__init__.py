@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from stillroom.deploy.latency import bench
     from stillroom.errors import RunFailed, StillroomError, WrongInput
     from stillroom.evaluation.compare import evaluate
-    from stillroom.recipe import DatasetSettings, FinetuneRecipe, Recipe
+    from stillroom.recipe import Comparison, DatasetSettings, FinetuneRecipe, Recipe
+    from stillroom.run.compare import compare
     from stillroom.run.distill import distill
     from stillroom.run.finetune import finetune
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = [
+    "Comparison",
     "DatasetSettings",
     "FinetuneRecipe",
     "Recipe",
@@ -28,6 +30,7 @@ __all__ = [
     "WrongInput",
     "__version__",
     "bench",
+    "compare",
     "distill",
     "evaluate",
     "export",
@@ -35,6 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Comparison": "stillroom.recipe",
     "DatasetSettings": "stillroom.recipe",
     "FinetuneRecipe": "stillroom.recipe",
     "Recipe": "stillroom.recipe",
@@ -42,6 +46,7 @@ _HOMES = {
     "StillroomError": "stillroom.errors",
     "WrongInput": "stillroom.errors",
     "bench": "stillroom.deploy.latency",
+    "compare": "stillroom.run.compare",
     "distill": "stillroom.run.distill",
     "evaluate": "stillroom.evaluation.compare",
     "export": "stillroom.deploy.export",

@@ -134,10 +134,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the folder for this process, or raise `WrongInput` if another one writes it.
 
     The lock is the operating system's, so it ends with the process however that ends.
+
+    Args:
+        folder: Made if it is not there.
+        wait: Wait for the other process instead of raising.
     """
     with explain_full_disk(folder):
         if folder.exists() and not folder.is_dir():
@@ -145,7 +149,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
             raise WrongInput(
                 f"Another process is writing {folder}. Wait for it, or give another folder."

@@ -31,7 +31,7 @@ INPUTS = "inputs.json"
 def inputs_of(
     dataset: Dataset,
     teacher: Encoder,
-    student: Encoder,
+    student: Encoder | None,
     tokens: Tokens,
     generator: Generator | None = None,
 ) -> dict[str, str]:
@@ -40,7 +40,9 @@ def inputs_of(
     The teacher's weights, the student's and the generator's at the start, and of each split tokens
     and labels.
     """
-    found = {"teacher": weights_hash(teacher.model), "student at the start": weights_hash(student.model)}
+    found = {"teacher": weights_hash(teacher.model)}
+    if student is not None:
+        found["student at the start"] = weights_hash(student.model)
     if generator is not None:
         found["generator at the start"] = weights_hash(generator.model)
     for name, rows in dataset.splits.items():

@@ -192,6 +192,69 @@ class Recipe(_RecipeFile):
     """Train the same student without a teacher as well, to show what distillation added."""
 
 
+class VariantSettings(Settings):
+    """A method of a comparison: its options, and what it trains with that others do not."""
+
+    method: MethodSettings
+    """The method and its options."""
+    training: dict[str, Any] = {}
+    """Keys of `training` that hold for this method alone, such as its own learning rate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_stands_for_method(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            return {"method": read_method(values)}
+        if isinstance(values, Mapping) and isinstance(values.get("method"), str):
+            return {**values, "method": read_method(values["method"])}
+        return values
+
+
+class Comparison(_RecipeFile):
+    """All of a comparison: every student by every method and every seed. Saved as `compare.yaml`."""
+
+    teacher: TeacherSettings
+    """The model that is distilled; `teacher: DIR` is short for its name."""
+    students: Annotated[tuple[str, ...], Field(min_length=1)] = ("4x312",)
+    """Each as a recipe's `student`."""
+    methods: Annotated[dict[str, VariantSettings], Field(min_length=1)]
+    """By the name that tables show. A list of `NAME` or `NAME:OPTION=VALUE:...` is short for it."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0, 1, 2)
+    """Values of `training.seed`; a single number N is short for 0 to N - 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            values = dict(values)
+            if isinstance(values.get("methods"), list | tuple):
+                values["methods"] = {str(text): str(text) for text in values["methods"]}
+            if isinstance(values.get("seeds"), int):
+                values["seeds"] = list(range(values["seeds"]))
+            if isinstance(values.get("training"), Mapping) and "seed" in values["training"]:
+                raise ValueError("a comparison has `seeds`, expected no training.seed")
+        return values
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> Self:
+        for name, given in (("students", self.students), ("seeds", self.seeds)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} should differ, found {list(given)}")
+        return self
+
+    def recipe(self, student: str, variant: str, seed: int) -> Recipe:
+        """Return the recipe of one run."""
+        method = self.methods[variant]
+        training = self.training.model_dump(exclude_unset=True) | method.training | {"seed": seed}
+        values = {"teacher": self.teacher, "dataset": self.dataset, "student": student}
+        return validate(Recipe, {**values, "method": method.method, "training": training}, variant)
+
+    def save(self, path: Path) -> None:
+        """Write a resolved comparison as YAML, every setting spelt out."""
+        values = self.model_dump(mode="json", exclude={"training": {"seed"}})
+        durable.write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
 class FinetuneRecipe(_RecipeFile):
     """All of a teacher's fine-tuning. Saved as `recipe.yaml` beside the teacher."""
 
@@ -250,6 +313,20 @@ def set_value(values: dict[str, Any], override: str) -> None:
         values[name] = yaml.load(text, Loader=_Yaml)
     except yaml.YAMLError as error:
         raise WrongInput(f"--set {override}: the value is not YAML: {error}") from None
+
+
+def read_method(text: str) -> dict[str, Any]:
+    """Return the section `method` that `NAME` or `NAME:OPTION=VALUE:OPTION=VALUE` stands for.
+
+    Example:
+        >>> read_method("lrc-bert:perturbation=off:alpha=0.5")
+        {'name': 'lrc-bert', 'perturbation': 'off', 'alpha': 0.5}
+    """
+    name, *options = re.split(r":(?=\w+=)", text)
+    values: dict[str, Any] = {"name": name}
+    for option in options:
+        set_value(values, option)
+    return values
 
 
 def validate(model: type[_Model], values: Mapping[str, Any], section: str = "") -> _Model:

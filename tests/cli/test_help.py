@@ -14,6 +14,7 @@ from stillroom.cli import app
 COMMANDS = (
     "finetune",
     "distill",
+    "compare",
     "evaluate",
     "export",
     "bench",

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from stillroom.evaluation.metrics import METRICS
-from stillroom.evaluation.significance import RESAMPLED, mcnemar, paired_bootstrap
+from stillroom.evaluation.significance import (
+    RESAMPLED,
+    bootstrap_over_seeds,
+    mcnemar,
+    paired_bootstrap,
+)
 
 ACCURACY = RESAMPLED["accuracy"]
 
@@ -207,3 +212,43 @@ def test_mcnemar_is_right_as_often_as_it_says() -> None:
 def test_mcnemar_refuses_other_rows() -> None:
     with pytest.raises(ValueError, match="same rows"):
         mcnemar(np.array([True]), np.array([True, False]))
+
+
+def test_bootstrap_over_seeds_is_the_naive_one() -> None:
+    """Rows and seeds are drawn as the docstring says; the rest in plain loops over one resample."""
+    chance = np.random.default_rng(5)
+    labels = chance.integers(2, size=37)
+    a, b = chance.integers(2, size=(2, 3, 37))
+    found = bootstrap_over_seeds(RESAMPLED["accuracy"], a, b, labels, resamples=300, seed=9)
+    draw = np.random.default_rng(9)
+    rows, seeds = draw.integers(37, size=(300, 37)), draw.integers(3, size=(3, 300))
+    values = []
+    for r in range(300):
+        total = 0.0
+        for s in seeds[:, r]:
+            total += sum(float(b[s, n] == labels[n]) - float(a[s, n] == labels[n]) for n in rows[r]) / 37
+        values.append(total / 3)
+    assert found.low == pytest.approx(np.quantile(values, 0.025), abs=1e-12)
+    assert found.high == pytest.approx(np.quantile(values, 0.975), abs=1e-12)
+    assert found.value == pytest.approx((b == labels).mean() - (a == labels).mean(), abs=1e-12)
+
+
+def test_bootstrap_over_one_seed_is_the_paired_one() -> None:
+    chance = np.random.default_rng(6)
+    labels, a, b = chance.integers(2, size=(3, 50))
+    one = bootstrap_over_seeds(RESAMPLED["f1"], a[None], b[None], labels, resamples=500)
+    assert one == paired_bootstrap(RESAMPLED["f1"], a, b, labels, resamples=500)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    """Equal rows, one seed that learnt all and one that learnt nothing: the seeds are the doubt."""
+    labels = np.arange(400) % 2
+    b = np.stack([labels, 1 - labels])
+    found = bootstrap_over_seeds(RESAMPLED["accuracy"], np.stack([labels] * 2), b, labels)
+    assert (found.low, found.value, found.high) == (-1.0, -0.5, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (0, 3), (3,)])
+def test_bootstrap_over_seeds_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="seeds first"):
+        bootstrap_over_seeds(RESAMPLED["accuracy"], np.zeros(shape), np.zeros(shape), np.zeros(3))

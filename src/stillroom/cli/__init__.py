@@ -8,6 +8,7 @@ import typer
 from stillroom.cli import (
     augment,
     bench,
+    compare,
     datasets,
     distill,
     evaluate,
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command(epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command(epilog=distill.EXAMPLES)(distill.distill)
+app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=bench.EXAMPLES)(bench.bench)

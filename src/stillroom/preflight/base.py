@@ -37,6 +37,8 @@ class Run:
     bf16: bool
     control: bool = False
     generator: Generator | None = None
+    teacher_logits: np.ndarray | None = None
+    """The teacher's logits of the validation rows, where they are known already."""
 
     def splits(self) -> list[tuple[str, Rows]]:
         """Return the splits that the run reads, by name."""

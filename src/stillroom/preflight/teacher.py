@@ -49,9 +49,12 @@ def solves_the_task(run: Run, report: Report) -> None:
         return
     task, tokens = run.dataset.task, run.tokens.teacher["validation"]
     index = np.unique(np.linspace(0, len(tokens) - 1, min(SAMPLE, len(tokens))).round().astype(int))
-    sample = replace(tokens, offsets=tokens.offsets[index], lengths=tokens.lengths[index])
     labels = run.dataset.splits["validation"].labels[index]
-    logits = predict(run.teacher.to(Accelerator().device), sample, bf16=run.bf16)
+    if run.teacher_logits is not None:
+        logits = run.teacher_logits[index]
+    else:
+        sample = replace(tokens, offsets=tokens.offsets[index], lengths=tokens.lengths[index])
+        logits = predict(run.teacher.to(Accelerator().device), sample, bf16=run.bf16)
     complain = report.error if run.learns_from_teacher() else report.warn
     wrong = np.flatnonzero(~np.isfinite(logits).all(1))
     if len(wrong):

@@ -1,0 +1,587 @@
+"""Many distillations of one teacher on one data set, compared with each other and with a control.
+
+The folder says what is done: a run is where its `metrics.json` is. An Optuna study says who does what
+is not, so that processes and machines that share the folder share the work.
+"""
+
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from sqlalchemy.exc import SQLAlchemyError
+
+from stillroom import durable, encoder, methods, preflight, provenance, student
+from stillroom.data.tokens import Tokens
+from stillroom.errors import RunFailed, StillroomError, WrongInput
+from stillroom.evaluation import cost
+from stillroom.evaluation.metrics import predictions, score
+from stillroom.evaluation.predict import predict
+from stillroom.evaluation.significance import RESAMPLED, bootstrap_over_seeds
+from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
+from stillroom.recipe import Comparison, MethodSettings, Recipe, VariantSettings
+from stillroom.run.parts import Common, Parts, training_figures
+from stillroom.training.loop import CHECKPOINTS
+
+COMPARISON = "compare.yaml"
+RESULTS = "compare.json"
+RUNS = "runs"
+LOGITS = "logits.npy"
+TEACHER_LOGITS = "teacher-logits.npy"
+
+_COSTS, _STUDY, _DATABASE = "costs.json", "study.txt", "study.db"
+
+_HEARTBEAT, _GRACE = 10, 120
+"""Seconds between two signs of life of a run, and without one after which another worker takes it."""
+
+_POLL = 2.0
+"""Seconds between two looks at what others are still doing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the comparison, and one seed."""
+
+    student: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder below `runs`, and its name in the study."""
+        return f"{_slug(self.student)}/{_slug(self.variant)}/{self.seed}"
+
+
+def compare(
+    comparison: Comparison,
+    output: str | Path,
+    *,
+    workers: int = 1,
+    storage: str | None = None,
+    keep_students: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Distil every student by every method from every seed, and compare them.
+
+    What is done is skipped, and a run that was killed goes on from its checkpoint: after a kill, call
+    it again. Processes on other machines take part by calling the same on the same folder. Each
+    returns when all runs are done.
+
+    Args:
+        comparison: What to compare. The folder may already hold other methods, students and seeds of
+            the same comparison: they stay, and are in the result.
+        output: The folder.
+        workers: Processes of one thread each; 1 trains in this process, with all its threads. A script
+            needs `if __name__ == "__main__":` around a call with more than one.
+        storage: URL of the database that hands out the runs, for machines whose shared file system has
+            no locks that SQLite can use; by default an SQLite file in the folder.
+        keep_students: Keep each student beside its figures.
+        console: Where progress goes; standard error by default.
+
+    Returns:
+        What `compare.json` holds: `teacher`, and under `students` for each its costs and `methods`: for
+        each the metrics by seed, `mean`, `standard_deviation` (None for one seed), `retained` (share
+        of the teacher's first metric), `seconds` and `examples_per_second` of training (means), and
+        where a control `none` is there, `against_control`: the difference for each metric with a 95 %
+        interval over rows and seeds (`bootstrap_over_seeds`).
+
+    Raises:
+        WrongInput: If anything is not as expected, or the folder holds a comparison of another teacher,
+            other data or other settings.
+        RunFailed: If runs failed, naming them; the others are done, and `compare.json` is written.
+
+    Example:
+        >>> comparison = Comparison.load(
+        ...     teacher="runs/teacher", dataset="glue/mrpc", methods=["none", "kd"], seeds=3
+        ... )
+        >>> found = compare(comparison, "runs/mrpc")  # doctest: +SKIP
+    """
+    console = console or Console(stderr=True)
+    folder = Path(output)
+    preflight.require_one_process()
+    if workers < 1:
+        raise WrongInput(f"Expected at least one worker, found {workers}.")
+    comparison = resolve(comparison)
+    worker = functools.partial(_Worker, folder=folder, storage=storage, keep_students=keep_students)
+    with durable.locked(folder, wait=True):
+        durable.remove_leftovers(folder)
+        comparison = _same_precision(folder, comparison)
+        common = Common.load(_any_recipe(comparison), console)
+        everything = _join(folder, comparison, common, console)
+        here = worker(comparison=comparison, common=common, logits=_teacher_logits(folder, common))
+        here.enqueue()
+    if here.missing():
+        if workers > 1:
+            _in_processes(workers, folder, comparison, storage, keep_students)
+        else:
+            here.work(console)
+    found = _collect(folder, everything, common, here.logits)
+    durable.write_json(folder / RESULTS, found)
+    missing = here.missing()
+    if missing:
+        errors = here.errors()
+        lines = [f"{run.name}: {errors.get(run.name, 'stopped')}" for run in missing]
+        raise RunFailed(
+            f"{len(missing)} of {len(here.runs)} runs are not done; the others are in {folder / RESULTS}. "
+            "The same command tries them again.\n" + "\n".join(lines)
+        )
+    return found
+
+
+def resolve(comparison: Comparison) -> Comparison:
+    """Return the comparison with each method's options and training defaults spelt out."""
+    variants = {}
+    for name, given in comparison.methods.items():
+        settings = methods.settings_of(given.method)
+        method = MethodSettings(name=given.method.name, **settings.model_dump(mode="json"))
+        defaults = methods.find(given.method.name).training
+        unset = {k: v for k, v in defaults.items() if k not in comparison.training.model_fields_set}
+        variants[name] = VariantSettings(method=method, training={**unset, **given.training})
+    comparison = comparison.model_copy(update={"methods": variants})
+    for name in variants:
+        # A wrong key under a method's training is an error now and not hours later.
+        comparison.recipe(comparison.students[0], name, comparison.seeds[0])
+    for what, names in (("students", comparison.students), ("methods", tuple(variants))):
+        if len({_slug(name) for name in names}) < len(names):
+            raise WrongInput(f"Two {what} would share a folder: {', '.join(names)}. Name them differently.")
+    return comparison
+
+
+def runs_of(comparison: Comparison) -> Iterator[Run]:
+    """Yield every run, seed by seed, so that a comparison that is cut short compares what it has."""
+    for seed in comparison.seeds:
+        for made in comparison.students:
+            for variant in comparison.methods:
+                yield Run(made, variant, seed)
+
+
+class _Worker:
+    """Takes runs from the study until none is left, with what they share loaded once."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        common: Common,
+        logits: np.ndarray,
+        *,
+        folder: Path,
+        storage: str | None,
+        keep_students: bool,
+    ):
+        self.runs = {run.name: run for run in runs_of(comparison)}
+        self.logits = logits
+        self._comparison, self._common = comparison, common
+        self._folder, self._keep = folder, keep_students
+        self._study = _study(folder, storage)
+        self._checked: set[tuple[str, str]] = set()
+        self._failed: dict[str, str] = {}
+
+    def missing(self) -> list[Run]:
+        """Return the runs that are not done."""
+        return [run for run in self.runs.values() if not (self._place(run.name) / METRICS).exists()]
+
+    def errors(self) -> dict[str, str]:
+        """Return why runs failed, by name, the newest reason of each."""
+        trials = self._study.get_trials(deepcopy=False)
+        return {t.user_attrs["run"]: t.user_attrs["error"] for t in trials if "error" in t.user_attrs}
+
+    def enqueue(self) -> None:
+        """Put the missing runs into the study, but for those that wait there or that some process runs."""
+        open_states = (optuna.trial.TrialState.WAITING, optuna.trial.TrialState.RUNNING)
+        taken = set()
+        for trial in self._study.get_trials(deepcopy=False, states=open_states):
+            name = trial.user_attrs.get("run", "")
+            here = trial.user_attrs.get("machine") == platform.node()
+            if here and trial.state == optuna.trial.TrialState.RUNNING and not self._is_held(name):
+                # Its process was killed; without this its run would wait for the end of the grace.
+                self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            else:
+                taken.add(name)
+        for run in self.missing():
+            if run.name not in taken:
+                self._study.enqueue_trial({}, user_attrs={"run": run.name})
+
+    def work(self, console: Console) -> None:
+        """Do runs until all are done, waiting for those that others do."""
+        while self.missing():
+            with _experimental():
+                optuna.storages.fail_stale_trials(self._study)
+            states = {trial.state for trial in self._study.get_trials(deepcopy=False)}
+            if optuna.trial.TrialState.WAITING in states:
+                objective = functools.partial(self._objective, console=console)
+                self._study.optimize(objective, n_trials=1, catch=(StillroomError,))
+            elif optuna.trial.TrialState.RUNNING in states:
+                time.sleep(_POLL)
+            else:
+                break
+
+    def _objective(self, trial: optuna.Trial, console: Console) -> float:
+        name = trial.user_attrs.get("run")
+        if name not in self.runs:
+            # Another process took the last one meanwhile, or the run is of another command's part.
+            raise optuna.TrialPruned
+        trial.set_user_attr("machine", platform.node())
+        try:
+            return self._do(self.runs[name], console)
+        except StillroomError as error:
+            trial.set_user_attr("error", str(error))
+            console.print(f"{name} failed: {error}", style="red", markup=False, highlight=False)
+            raise
+
+    def _do(self, run: Run, console: Console) -> float:
+        place, first = self._place(run.name), self._common.dataset.task.metrics[0]
+        with durable.locked(place):
+            if (place / METRICS).exists():
+                return float(_read(place / METRICS)["student"]["metrics"][first])
+            durable.remove_leftovers(place)
+            recipe = methods.resolve(self._comparison.recipe(run.student, run.variant, run.seed))
+            metrics = self._train(run, recipe, place, console)
+            durable.write_json(place / METRICS, metrics)
+            for heavy in (CHECKPOINTS, *(() if self._keep else (STUDENT,))):
+                shutil.rmtree(place / heavy, ignore_errors=True)
+        done = len(self.runs) - len(self.missing())
+        value = float(metrics["student"]["metrics"][first])
+        seconds = metrics["train"]["seconds"]
+        text = f"{done}/{len(self.runs)} {run.name}: {first} {value:.4f} in {seconds:.0f} s"
+        console.print(text, markup=False, highlight=False)
+        return value
+
+    def _train(self, run: Run, recipe: Recipe, place: Path, console: Console) -> dict[str, Any]:
+        parts = Parts.of(recipe, self._common, console)
+        to_check = replace(parts.to_check(recipe, place), teacher_logits=self.logits)
+        # Another seed would bring the same warnings again.
+        again = (run.student, run.variant) in self._checked
+        preflight.check(to_check, Console(quiet=True) if again else console)
+        self._checked.add((run.student, run.variant))
+        recipe = parts.start(recipe, place, console, resume=(place / RECIPE).exists())
+        trained = parts.train(recipe, place, console)
+        tokens = parts.tokens.student["validation"]
+        logits = predict(parts.student, tokens, bf16=parts.bf16)
+        np.save(place / LOGITS, logits, allow_pickle=False)
+        data = self._common.dataset
+        labels = data.splits["validation"].labels
+        return {
+            "student": {"metrics": score(data.task, logits, labels)},
+            "metric": data.task.metrics[0],
+            "selected_step": trained.best_step or trained.steps,
+            "train": training_figures(trained),
+            "environment": environment(bf16=parts.bf16),
+        }
+
+    def _place(self, name: str) -> Path:
+        return self._folder / RUNS / name
+
+    def _is_held(self, name: str) -> bool:
+        try:
+            with durable.locked(self._place(name)):
+                return False
+        except WrongInput:
+            return True
+
+
+def _study(folder: Path, url: str | None) -> optuna.Study:
+    """Return the study that hands out the folder's runs.
+
+    Its grid is enqueued in order: a `GridSampler` would shuffle it, and give the last runs to several
+    workers at once.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if not (folder / _STUDY).exists():
+        durable.write_text(folder / _STUDY, f"stillroom-{uuid.uuid4().hex}\n")
+    place = url or f"sqlite:///{(folder / _DATABASE).absolute()}"
+    # SQLite gives up after five seconds of waiting for another writer.
+    options = {"connect_args": {"timeout": 60}} if place.startswith("sqlite") else {}
+    try:
+        with _experimental():
+            kept = optuna.storages.RDBStorage(
+                place,
+                engine_kwargs=options,
+                heartbeat_interval=_HEARTBEAT,
+                grace_period=_GRACE,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+            )
+        name = (folder / _STUDY).read_text(encoding="utf-8").strip()
+        return optuna.create_study(storage=kept, study_name=name, load_if_exists=True)
+    except (optuna.exceptions.OptunaError, SQLAlchemyError, ImportError, ValueError) as error:
+        raise WrongInput(f"The storage {place} cannot be used: {error}") from None
+
+
+@contextlib.contextmanager
+def _experimental() -> Iterator[None]:
+    """Silence that Optuna calls its heartbeat experimental, as it has since version 2."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def _in_processes(
+    workers: int, folder: Path, comparison: Comparison, storage: str | None, keep_students: bool
+) -> None:
+    """Let `workers` processes of one thread do the runs, and wait for them."""
+    context = multiprocessing.get_context("spawn")
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        made = [
+            context.Process(
+                target=_worker_process, args=(folder, comparison, storage, keep_students), daemon=True
+            )
+            for _ in range(workers)
+        ]
+        for process in made:
+            process.start()
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+    for process in made:
+        process.join()
+
+
+def _worker_process(folder: Path, comparison: Comparison, storage: str | None, keep: bool) -> None:
+    """Do runs in a process of its own, which ends with the one that started it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    torch.set_num_threads(1)
+    # Bars of several processes would overwrite each other.
+    console = Console(stderr=True, force_terminal=False, soft_wrap=True)
+    common = Common.load(_any_recipe(comparison), console)
+    logits = np.load(folder / TEACHER_LOGITS, allow_pickle=False)
+    worker = _Worker(comparison, common, logits, folder=folder, storage=storage, keep_students=keep)
+    try:
+        worker.work(console)
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+def _any_recipe(comparison: Comparison) -> Recipe:
+    """Return the first run's recipe: its teacher and data are those of all."""
+    run = next(runs_of(comparison))
+    return comparison.recipe(run.student, run.variant, run.seed)
+
+
+def _same_precision(folder: Path, comparison: Comparison) -> Comparison:
+    """Return the comparison with the precision that its folder has, where it leaves that open."""
+    if comparison.training.precision != "auto" or not (folder / COMPARISON).exists():
+        return comparison
+    before = Comparison.load(folder / COMPARISON).training.precision
+    training = comparison.training.model_copy(update={"precision": before})
+    return comparison.model_copy(update={"training": training})
+
+
+def _join(folder: Path, comparison: Comparison, common: Common, console: Console) -> Comparison:
+    """Add to what the folder compares and write that down, or refuse to mix.
+
+    Returns:
+        All that the folder compares.
+    """
+    tokens = Tokens(common.teacher_tokens, common.teacher_tokens)
+    inputs = provenance.inputs_of(common.dataset, common.teacher, None, tokens)
+    machine = environment(bf16=common.bf16)
+    precision = comparison.training.model_copy(update={"precision": machine["precision"]})
+    comparison = comparison.model_copy(update={"training": precision})
+    if not (folder / COMPARISON).exists():
+        others = {durable.LOCK, _STUDY, _DATABASE, provenance.INPUTS, TEACHER_LOGITS}
+        teacher = Path(comparison.teacher.name).absolute()
+        if teacher.parent == folder.absolute():
+            others.add(teacher.name)
+        found = [path.name for path in folder.iterdir() if path.name not in others]
+        if found:
+            raise WrongInput(
+                f"Expected a folder that is new, empty, or a comparison, found {folder} with "
+                f"{', '.join(sorted(found)[:5])}. Give another folder."
+            )
+        provenance.save(folder, inputs, machine)
+        comparison.save(folder / COMPARISON)
+        return comparison
+    before = Comparison.load(folder / COMPARISON)
+    changed = list(_changes(before, comparison))
+    if changed:
+        raise WrongInput(
+            f"{folder} compares something else: {'; '.join(changed)}. Go on with what it has, or give "
+            "another folder."
+        )
+    provenance.require_same(folder, inputs, machine, console)
+    joined = before.model_copy(
+        update={
+            "students": tuple(dict.fromkeys((*before.students, *comparison.students))),
+            "methods": {**before.methods, **comparison.methods},
+            "seeds": tuple(dict.fromkeys((*before.seeds, *comparison.seeds))),
+        }
+    )
+    joined.save(folder / COMPARISON)
+    return joined
+
+
+def _changes(before: Comparison, now: Comparison) -> Iterator[str]:
+    """Yield each setting that would make other runs of the same name. Places of data may change."""
+    places = {"name", "data_dir", "validation"}
+    old, new = (
+        _flat(
+            {
+                "dataset": one.dataset.model_dump(mode="json", exclude=places),
+                "training": one.training.model_dump(mode="json"),
+                "methods": {
+                    name: variant.model_dump(mode="json")
+                    for name, variant in one.methods.items()
+                    if name in before.methods and name in now.methods
+                },
+            }
+        )
+        for one in (before, now)
+    )
+    for key in dict.fromkeys((*old, *new)):
+        if old.get(key) != new.get(key):
+            yield f"{key} is {old.get(key)!r} there, {new.get(key)!r} here"
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        inner: value
+        for key, below in values.items()
+        for inner, value in _flat(below, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _teacher_logits(folder: Path, common: Common) -> np.ndarray:
+    """Return the teacher's logits of the validation rows, computed once for the folder."""
+    path = folder / TEACHER_LOGITS
+    if not path.exists():
+        teacher = common.teacher.to(Accelerator().device)
+        logits = predict(teacher, common.teacher_tokens["validation"], bf16=common.bf16)
+        aside = path.with_name(".aside-logits.npy")
+        np.save(aside, logits, allow_pickle=False)
+        aside.replace(path)
+    return np.asarray(np.load(path, allow_pickle=False))
+
+
+def _collect(
+    folder: Path, comparison: Comparison, common: Common, teacher_logits: np.ndarray
+) -> dict[str, Any]:
+    """Return `compare.json` of the runs that are done."""
+    task, rows = common.dataset.task, common.dataset.splits["validation"]
+    costs = _costs(folder, comparison, common)
+    teacher = score(task, teacher_logits, rows.labels)
+    found: dict[str, Any] = {
+        "dataset": comparison.dataset.name,
+        "rows": len(rows),
+        "metric": task.metrics[0],
+        "teacher": {"metrics": teacher, **costs["teacher"]},
+        "students": {},
+    }
+    for made in comparison.students:
+        said: dict[str, dict[int, np.ndarray]] = {}
+        entries: dict[str, Any] = {}
+        for variant in comparison.methods:
+            places = {seed: folder / RUNS / Run(made, variant, seed).name for seed in comparison.seeds}
+            done = {seed: place for seed, place in places.items() if (place / METRICS).exists()}
+            if not done:
+                continue
+            runs = {seed: _read(place / METRICS) for seed, place in done.items()}
+            logits = {s: np.load(place / LOGITS, allow_pickle=False) for s, place in done.items()}
+            said[variant] = {seed: predictions(value, task.kind) for seed, value in logits.items()}
+            entries[variant] = _summary(runs, teacher, task.metrics)
+            found["environment"] = next(iter(runs.values()))["environment"]
+        control = next((v for v in said if comparison.methods[v].method.name == "none"), None)
+        for variant, entry in entries.items():
+            both = [] if control is None else [seed for seed in said[variant] if seed in said[control]]
+            if control is None or variant == control or not both:
+                continue
+            a, b = (np.stack([said[name][seed] for seed in both]) for name in (control, variant))
+            entry["against_control"] = {
+                name: asdict(bootstrap_over_seeds(RESAMPLED[name], a, b, rows.labels))
+                for name in task.metrics
+            }
+        found["students"][made] = {**costs["students"][made], "control": control, "methods": entries}
+    return found
+
+
+def _summary(
+    runs: dict[int, dict[str, Any]], teacher: dict[str, float], names: Sequence[str]
+) -> dict[str, Any]:
+    by_seed = {seed: run["student"]["metrics"] for seed, run in runs.items()}
+    values = {name: [metrics[name] for metrics in by_seed.values()] for name in names}
+    mean = {name: statistics.fmean(given) for name, given in values.items()}
+    goal = teacher[names[0]]
+    several = len(runs) > 1
+    return {
+        "seeds": {str(seed): metrics for seed, metrics in by_seed.items()},
+        "mean": mean,
+        "standard_deviation": {n: statistics.stdev(v) for n, v in values.items()} if several else None,
+        "retained": mean[names[0]] / goal if goal else None,
+        "seconds": statistics.fmean(run["train"]["seconds"] for run in runs.values()),
+        "examples_per_second": statistics.fmean(r["train"]["examples_per_second"] for r in runs.values()),
+        "steps": next(iter(runs.values()))["train"]["steps"],
+    }
+
+
+def _costs(folder: Path, comparison: Comparison, common: Common) -> dict[str, Any]:
+    """Return what teacher and students cost, measured in turns, once for each form of student."""
+    with durable.locked(folder, wait=True):
+        path = folder / _COSTS
+        if path.exists():
+            kept = _read(path)
+            if kept["students"].keys() >= set(comparison.students):
+                return kept
+        quiet = Console(quiet=True)
+        made = {
+            text: student.build(text, common.teacher, common.dataset.task, seed=0)
+            for text in comparison.students
+        }
+        models = [(common.teacher, common.teacher_tokens["validation"])]
+        models += [(one, common.tokens(one, quiet).student["validation"]) for one in made.values()]
+        device = Accelerator().device
+        times = cost.milliseconds([(one.to(device), tokens) for one, tokens in models], bf16=False)
+        found: dict[str, Any] = {
+            "teacher": cost.of(common.teacher, encoder.locate(comparison.teacher.name), times[0]),
+            "students": {},
+        }
+        for (text, one), ms in zip(made.items(), times[1:], strict=True):
+            with tempfile.TemporaryDirectory() as place:
+                one.save(Path(place) / STUDENT)
+                found["students"][text] = cost.of(one, Path(place) / STUDENT, ms)
+        durable.write_json(path, found)
+        return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _slug(name: str) -> str:
+    """Return the name as a folder can have it.
+
+    Example:
+        >>> _slug("layers:2,4,6"), _slug("lrc-bert:perturbation=off")
+        ('layers-2-4-6', 'lrc-bert-perturbation=off')
+    """
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", name).strip("-.") or "-"

@@ -1,0 +1,229 @@
+"""Comparisons end to end: figures, going on after a kill, sharing the work, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from typer.testing import CliRunner
+from workspace import FAST, Workspace
+
+from stillroom import Comparison, WrongInput, compare
+from stillroom.cli import app
+
+TIMES = {"seconds", "examples_per_second", "ms_per_example", "environment"}
+VARIANT = "lrc-bert:perturbation=off"
+
+
+def command(work: Workspace, output: Path, *more: str, seeds: int = 2) -> list[str]:
+    return [
+        "compare",
+        *("--teacher", str(work.teacher), "--dataset", str(work.data), "-o", str(output)),
+        *("--methods", f"none,{VARIANT}", "--students", "layers:2,4", "--seeds", str(seeds)),
+        *("--set", "training.epochs=1", "--set", "training.checkpoint_every=4", *FAST),
+        *("--set-for", "none:training.learning_rate=1e-3", *more),
+    ]
+
+
+def run(*arguments: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.stderr
+    return result
+
+
+def without_times(found: Any) -> Any:
+    if isinstance(found, dict):
+        return {key: without_times(value) for key, value in found.items() if key not in TIMES}
+    return found
+
+
+@pytest.fixture(scope="module")
+def compared(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    root = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STILLROOM_CACHE", str(root / "cache"))
+        return root / "out", json.loads(run(*command(workspace, root / "out", "--json")).stdout)
+
+
+def test_figures_are_those_of_the_runs(workspace: Workspace, compared: tuple[Path, Any]) -> None:
+    folder, found = compared
+    assert found == json.loads((folder / "compare.json").read_text())
+    assert found["teacher"]["metrics"] == workspace.finetuned["model"]["metrics"]
+    entry = found["students"]["layers:2,4"]
+    assert list(entry["methods"]) == ["none", VARIANT] and entry["control"] == "none"
+    lines = (workspace.data / "validation.csv").read_text().splitlines()[1:]
+    labels = [int(line.endswith("positive")) for line in lines]
+    mean = {}
+    for name, one in entry["methods"].items():
+        right = []
+        for seed in (0, 1):
+            place = folder / "runs" / "layers-2-4" / name.replace(":", "-") / str(seed)
+            said = np.load(place / "logits.npy", allow_pickle=False).argmax(1)
+            right.append(sum(int(a) == b for a, b in zip(said, labels, strict=True)) / len(labels))
+            assert one["seeds"][str(seed)]["accuracy"] == pytest.approx(right[-1])
+            assert {path.name for path in place.iterdir() if path.is_dir()} == set()
+            assert (place / "recipe.yaml").exists() and (place / "log.jsonl").exists()
+        mean[name] = sum(right) / 2
+        assert one["mean"]["accuracy"] == pytest.approx(mean[name])
+        spread = abs(right[0] - right[1]) / 2**0.5
+        assert one["standard_deviation"]["accuracy"] == pytest.approx(spread)
+        assert one["seconds"] > 0 and one["steps"] == 15
+    against = entry["methods"][VARIANT]["against_control"]["accuracy"]
+    assert against["value"] == pytest.approx(mean[VARIANT] - mean["none"])
+    assert against["low"] <= against["value"] <= against["high"]
+    assert "against_control" not in entry["methods"]["none"]
+
+
+def test_each_method_has_its_own_settings(compared: tuple[Path, Any]) -> None:
+    runs = compared[0] / "runs" / "layers-2-4"
+    rates = {
+        path.name: Comparison.load(compared[0] / "compare.yaml").recipe("layers:2,4", name, 0)
+        for path, name in ((runs / "none", "none"), (runs / VARIANT.replace(":", "-"), VARIANT))
+    }
+    none, variant = rates.values()
+    assert none.training.learning_rate == 1e-3 != variant.training.learning_rate
+    assert variant.method.options["perturbation"] == "off"
+    assert "learning_rate: 0.001" in (runs / "none" / "1" / "recipe.yaml").read_text()
+    assert "seed: 1" in (runs / "none" / "1" / "recipe.yaml").read_text()
+
+
+def test_what_is_done_is_not_done_again(workspace: Workspace, compared: tuple[Path, Any]) -> None:
+    """The same command, and the saved file, train nothing and say the same."""
+    folder, found = compared
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")}
+    assert json.loads(run(*command(workspace, folder, "--json")).stdout) == found
+    again = run("compare", str(folder / "compare.yaml"), "-o", str(folder), "--json")
+    assert json.loads(again.stdout) == found
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("metrics.json")} == before
+    text = run(*command(workspace, folder)).stdout
+    assert f"{found['students']['layers:2,4']['methods'][VARIANT]['mean']['accuracy']:.4f}" in text
+
+
+def test_a_comparison_can_grow(workspace: Workspace, compared: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(compared[0], folder)
+    more = command(workspace, folder, "--json")
+    more[more.index("--methods") + 1] = "kd"
+    del more[more.index("--set-for") : more.index("--set-for") + 2]
+    found = json.loads(run(*more).stdout)
+    methods = found["students"]["layers:2,4"]["methods"]
+    assert list(methods) == ["none", VARIANT, "kd"] and "against_control" in methods["kd"]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_to_the_same_figures(
+    workspace: Workspace, compared: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    arguments = [sys.executable, "-m", "stillroom.cli", *command(workspace, folder)]
+    environment = os.environ | {"STILLROOM_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        # In the middle of the second run.
+        while not list(folder.glob("runs/*/lrc*/0/checkpoints/step-*")):
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert len(list(folder.rglob("metrics.json"))) == 1
+    found = json.loads(run(*command(workspace, folder, "--json")).stdout)
+    assert without_times(found) == without_times(compared[1])
+
+
+@pytest.mark.slow
+def test_two_workers_do_each_run_once(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    result = run(*command(workspace, folder, "--workers", "2", "--json", seeds=3))
+    methods = json.loads(result.stdout)["students"]["layers:2,4"]["methods"]
+    assert all(len(one["seeds"]) == 3 for one in methods.values())
+    name = (folder / "study.txt").read_text().strip()
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'study.db'}")
+    done = [t.user_attrs["run"] for t in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))]
+    assert len(done) == len(set(done)) == 6
+    for path in folder.rglob("runs/**/metrics.json"):
+        assert json.loads(path.read_text())["environment"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (("--set", "training.epochs=2"), "training.epochs is 1.0 there, 2.0 here"),
+        (("--set", "dataset.max_length=16"), "dataset.max_length is 128 there, 16 here"),
+        (("--set-for", "none:training.learning_rate=1e-2"), "learning_rate is 0.001 there, 0.01 here"),
+        (("--set", "training.seed=1"), "expected no training.seed"),
+        (("--set-for", "kd:training.epochs=1"), "kd is not compared. There are: none, "),
+        (("--set-for", "none:epochs=1"), "Expected `--set-for NAME:KEY=VALUE`"),
+        (("--set-for", "none:training.epoch=1"), "Did you mean epochs?"),
+        (("--methods", "kdd"), "Unknown method 'kdd'"),
+        (("--students", "layers:2,4"), "students should differ"),
+        (("--students", "layers:2;4"), "would share a folder"),
+        (("--storage", "nosuch://x"), "The storage nosuch://x cannot be used"),
+    ],
+)
+def test_other_settings_are_refused(
+    workspace: Workspace, compared: tuple[Path, Any], more: tuple[str, ...], what: str
+) -> None:
+    before = (compared[0] / "compare.yaml").read_text()
+    assert what in run(*command(workspace, compared[0], *more), code=2).stderr
+    assert (compared[0] / "compare.yaml").read_text() == before
+
+
+def test_another_teacher_is_refused(
+    workspace: Workspace, compared: tuple[Path, Any], tmp_path: Path
+) -> None:
+    other = tmp_path / "teacher"
+    other.mkdir()
+    from stillroom import encoder
+
+    model = encoder.load(str(workspace.teacher))
+    model.model.classifier.bias.data += 0.01
+    model.save(other)
+    arguments = command(workspace, compared[0])
+    arguments[arguments.index("--teacher") + 1] = str(other)
+    assert "The teacher changed" in run(*arguments, code=2).stderr
+
+
+def test_a_folder_with_something_else_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    assert "thesis.txt" in run(*command(workspace, tmp_path / "out"), code=2).stderr
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    more = (
+        "--set-for",
+        "none:training.learning_rate=1e30",
+        "--set-for",
+        "none:training.max_grad_norm=1e30",
+    )
+    stderr = run(*command(workspace, folder, *more, seeds=1), code=1).stderr
+    assert "1 of 2 runs are not done" in stderr and "layers-2-4/none/0: Training stopped at step" in stderr
+    found = json.loads((folder / "compare.json").read_text())
+    assert list(found["students"]["layers:2,4"]["methods"]) == [VARIANT]
+
+
+def test_python_refuses_no_worker(tmp_path: Path) -> None:
+    comparison = Comparison.load(teacher="t", dataset="d", methods=["none"])
+    with pytest.raises(WrongInput, match="at least one worker"):
+        compare(comparison, tmp_path, workers=0)
+
+
+def test_short_forms_stand_for_long_ones() -> None:
+    short = Comparison.load(teacher="t", dataset="d", methods=["kd:temperature=2"], seeds=2)
+    long = Comparison.load(
+        teacher={"name": "t"},
+        dataset="d",
+        methods={"kd:temperature=2": {"method": {"name": "kd", "temperature": 2}}},
+        seeds=[0, 1],
+    )
+    assert short == long
