@@ -11,7 +11,7 @@ SOURCE = Path(stillroom.__file__).parent
 
 ORDER = (
     "errors durable recipe data encoder student teacher generator ops methods training evaluation "
-    "provenance deploy preflight run cli"
+    "provenance deploy report preflight run cli"
 ).split()
 """`stillroom/<name>.py` or `stillroom/<name>/`, from the first to the last."""
 

@@ -20,6 +20,7 @@ COMMANDS = (
     "bench",
     "generator",
     "augment",
+    "report",
     "methods",
     "datasets",
 )

@@ -17,6 +17,7 @@ from stillroom.cli import (
     frame,
     generator,
     methods,
+    report,
 )
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=generator.EXAMPLES)(generator.generator)
 app.command(epilog=augment.EXAMPLES)(augment.augment)
+app.command(epilog=report.EXAMPLES)(report.report)
 app.command(epilog=methods.EXAMPLES)(methods.methods)
 app.command(epilog=datasets.EXAMPLES)(datasets.datasets)
 

@@ -17,6 +17,7 @@ from stillroom.evaluation.predict import predict, predict_rows
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.provenance import CONTROL, METRICS, RECIPE, STUDENT, environment
 from stillroom.recipe import Recipe
+from stillroom.report import page
 from stillroom.run.parts import Common, Parts, training_figures
 from stillroom.training.loop import Trained
 
@@ -81,6 +82,7 @@ def distill(
             control = other.student
         metrics = _measure(recipe, parts, trained, control, folder, console)
         durable.write_json(folder / METRICS, metrics)
+        page.write(folder)
         return metrics
 
 

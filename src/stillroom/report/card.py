@@ -1,0 +1,167 @@
+"""The student's model card: `README.md` with the metadata that the Hugging Face hub reads."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from stillroom.errors import WrongInput
+from stillroom.recipe import read_yaml
+from stillroom.report.sources import Run
+
+README = "README.md"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_METRICS = {"mcc": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+_MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def text_of(run: Run) -> str:
+    """Return the card: metadata, what the student is, its numbers, how to load it, and its limits."""
+    return f"---\n{data_of(run).to_yaml()}\n---\n\n{_prose(run)}"
+
+
+def data_of(run: Run) -> ModelCardData:
+    """Return the metadata. Licence and base model are those that the teacher states, if it does."""
+    dataset = run.recipe["dataset"]["name"]
+    collection, _, task = dataset.partition("/")
+    of_glue = collection == "glue" and bool(task)
+    source = "nyu-mll/glue" if of_glue else _plain(Path(dataset).name)
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=source,
+            dataset_name=dataset if of_glue else source,
+            dataset_config=task if of_glue else None,
+            dataset_split="validation",
+            metric_type=_HUB_METRICS.get(name, name),
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in run.metrics["student"]["metrics"].items()
+    ]
+    return ModelCardData(
+        base_model=_base_model(run),
+        datasets=[source] if of_glue else None,
+        eval_results=results,
+        library_name="transformers",
+        license=_license(run),
+        metrics=[result.metric_type for result in results],
+        model_name=run.folder.resolve().name,
+        pipeline_tag="text-classification",
+        tags=["knowledge-distillation", "stillroom"],
+    )
+
+
+def _prose(run: Run) -> str:
+    metrics, metric, recipe = run.metrics, run.metrics["metric"], run.recipe
+    rows = []
+    for name in run.models:
+        found = metrics[name]
+        kept = metrics["teacher"]["metrics"][metric]
+        share = f"{100 * found['metrics'][metric] / kept:.1f} %" if kept > 0 else "-"
+        values = " | ".join(f"{value:.4f}" for value in found["metrics"].values())
+        rows.append(
+            f"| {name} | {values} | {share} | {found['parameters'] / 1e6:.1f} "
+            f"| {found['bytes'] / 1e6:.1f} |"
+        )
+    names = list(metrics["teacher"]["metrics"])
+    header = f"| model | {' | '.join(names)} | {metric} kept | M parameters | MB |"
+    rule = "|---" * (len(names) + 4) + "|"
+    teacher = _plain(Path(recipe["teacher"]["name"]).name)
+    selected = recipe.get("training", {}).get("select") == "best"
+    validation = f" ({len(run.kept.rows):,} rows)" if run.kept else ""
+    score = run.kept is not None and run.kept.task.kind == "regression"
+    pair = run.kept is not None and len(run.kept.task.text) == 2
+    given = '"a first text", "and a second"' if pair else '"a text"'
+    answer = "logits[0, 0].item()" if score else "model.config.id2label[logits.argmax(-1).item()]"
+    if run.kept is not None and run.kept.task.kind == "multi-label":
+        answer = "[model.config.id2label[i] for i, x in enumerate(logits[0]) if x > 0]"
+    kind = "gives a text a score" if score else "puts a label on a text"
+    return "\n".join(
+        [
+            f"# {_plain(run.folder.resolve().name)}",
+            "",
+            f"A small encoder that {kind}. It was distilled with Stillroom from a larger one, "
+            f"`{teacher}`, by the method "
+            f"{recipe['method']['name']} on `{_plain(recipe['dataset']['name'])}`.",
+            "",
+            "## What it keeps",
+            "",
+            header,
+            rule,
+            *rows,
+            "",
+            f"On the validation split{validation}, one seed ({recipe.get('training', {}).get('seed', 0)}). "
+            + ("The student was selected on these same rows. " if selected else "")
+            + (
+                "The control is the same model, trained without a teacher."
+                if "control" in metrics
+                else "How much the teacher added is not known: the run had no control."
+            ),
+            "",
+            "## How to load it",
+            "",
+            "```python",
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "",
+            'model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            f'logits = model(**tokenizer({given}, return_tensors="pt", truncation=True)).logits',
+            f"print({answer})",
+            "```",
+            "",
+            "## Limits",
+            "",
+            "It was measured on one validation split only. Texts of another kind, language or length may "
+            "fare worse, and it inherits the faults of its teacher and of the data. Check it on your own "
+            "texts first.",
+            "",
+            "Licence: "
+            + (
+                "that of the teacher."
+                if _license(run)
+                else "the teacher states none; find out before you share this model."
+            ),
+            "",
+        ]
+    )
+
+
+def _license(run: Run) -> str | None:
+    stated = _teacher_card(run).get("license")
+    return stated if isinstance(stated, str) else None
+
+
+def _base_model(run: Run) -> str | None:
+    """Return a hub id: the teacher, or what it was fine-tuned from; None if none is known."""
+    teacher = Path(run.recipe["teacher"]["name"])
+    if not teacher.is_dir():
+        return str(teacher) if _HUB_ID.fullmatch(str(teacher)) else None
+    stated = _teacher_card(run).get("base_model")
+    if stated is None and (teacher / "recipe.yaml").is_file():
+        try:
+            stated = read_yaml(teacher / "recipe.yaml").get("model")
+        except WrongInput:
+            return None
+    if stated == "minilm-l6":
+        return _MINILM_HUB
+    known = isinstance(stated, str) and _HUB_ID.fullmatch(stated) and not Path(stated).exists()
+    return str(stated) if known else None
+
+
+def _teacher_card(run: Run) -> dict[str, Any]:
+    path = Path(run.recipe["teacher"]["name"]) / README
+    if not path.is_file():
+        return {}
+    try:
+        return dict(ModelCard.load(path, ignore_metadata_errors=True).data.to_dict())
+    except Exception:
+        # Somebody else's file, in whatever state: a card that cannot be read states nothing.
+        return {}
+
+
+def _plain(text: str) -> str:
+    """Return a name without what Markdown or HTML would read as markup."""
+    return re.sub(r"[^\w./ -]", "", text)

@@ -1,0 +1,588 @@
+"""What a run's page says: every number computed, named and ready to be shown.
+
+Parts for which the run has nothing are None or empty; the page leaves their section out.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.special import expit, softmax
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from stillroom.data.tasks import Task
+from stillroom.evaluation.calibration import calibration
+from stillroom.evaluation.metrics import predictions
+from stillroom.evaluation.predictions import Predictions
+from stillroom.evaluation.significance import RESAMPLED, mcnemar, paired_bootstrap
+from stillroom.report import pictures
+from stillroom.report.pictures import Picture, Point
+from stillroom.report.sources import Run
+
+DISAGREEMENTS = 200
+"""Most rows that the page shows."""
+
+LONGEST_TEXT = 600
+"""Most characters of a text that the page shows."""
+
+CLASSES = 20
+"""Most classes whose confusion is shown as a table."""
+
+POINTS = 200
+"""Most points of a curve; longer ones show means of neighbours."""
+
+_NOT_TERMS = {
+    "step",
+    "stage",
+    "epoch",
+    "loss",
+    "gradient_norm",
+    "learning_rate",
+    "examples_per_second",
+    "tokens_per_second",
+    "validation",
+    "record",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: what it shows, and what it is sorted by."""
+
+    text: str
+    value: float | str | None = None
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a caption; the first cell of each row names the row."""
+
+    caption: str
+    columns: list[tuple[str, bool]]
+    """Name, and whether it holds numbers."""
+    rows: list[list[Cell]]
+    sortable: bool = False
+
+
+def unit(metric: str) -> str:
+    """Return what follows a metric's value times 100: per cent for shares, nothing for correlations."""
+    return " %" if metric in ("accuracy", "f1") else ""
+
+
+def headline(run: Run) -> str:
+    """Return the one sentence to remember: what was kept, how much faster, and without a teacher."""
+    metrics, metric = run.metrics, run.metrics["metric"]
+    goal = metrics["teacher"]["metrics"][metric]
+    found = metrics["student"]["metrics"][metric]
+    speed = metrics["teacher"]["ms_per_example"] / metrics["student"]["ms_per_example"]
+    control = metrics.get("control", {}).get("metrics", {}).get(metric)
+    if not goal > 0:
+        return (
+            f"The teacher's {metric} is {100 * goal:.1f}, so there was nothing to keep; the student's is "
+            f"{100 * found:.1f}, at {speed:.1f} times the speed."
+        )
+    kept = f"{100 * found / goal:.1f} % of the teacher’s {metric}"
+    text = f"The student keeps {kept} at {speed:.1f} times its speed"
+    if control is None:
+        return f"{text}."
+    return f"{text}; without a teacher it would have kept {100 * control / goal:.1f} %."
+
+
+def caution(run: Run, tests: Sequence["Test"]) -> str:
+    """Return what the sentence does not say: rows, seeds, selection, and what chance would do."""
+    recipe, training = run.recipe, run.recipe.get("training", {})
+    parts = []
+    against = next((t for t in tests if (t.a, t.b) == ("control", "student")), None)
+    if against is not None and against.first:
+        sure = not against.low <= 0 <= against.high
+        meaning = (
+            "more than chance in the choice of rows explains"
+            if sure
+            else "which chance in the choice of rows can explain"
+        )
+        parts.append(
+            f"Student minus control: {against.value:+.1f} points (95 % interval {against.low:+.1f} to "
+            f"{against.high:+.1f}), {meaning}."
+        )
+    rows = f" on {len(run.kept.rows):,} validation rows" if run.kept else ""
+    parts.append(
+        f"One seed ({training.get('seed', 0)}){rows} of {recipe['dataset']['name']}: other seeds would "
+        "differ, by how much only more runs can tell."
+    )
+    if training.get("select") == "best":
+        parts.append(
+            "The student was selected on these same rows, so its figure is a little too good; "
+            "training.select=last has no such advantage."
+        )
+    return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Test:
+    """Metric of b minus metric of a, in points, on the same rows."""
+
+    a: str
+    b: str
+    metric: str
+    first: bool
+    value: float
+    low: float
+    high: float
+    p: float | None
+
+
+def tests(run: Run) -> list[Test]:
+    """Return the differences between the models with their 95 % intervals."""
+    if run.kept is None:
+        return []
+    task, labels = run.kept.task, run.kept.rows.labels
+    said = {name: predictions(logits, task.kind) for name, logits in run.kept.logits.items()}
+    found = []
+    for a, b in (("control", "student"), ("teacher", "student"), ("teacher", "control")):
+        if a not in said or b not in said:
+            continue
+        p = None
+        if task.kind == "classification":
+            p = mcnemar(said[a] == labels, said[b] == labels).p
+        for i, metric in enumerate(task.metrics):
+            d = paired_bootstrap(RESAMPLED[metric], said[a], said[b], labels)
+            low, high = 100 * d.low, 100 * d.high
+            found.append(Test(a, b, metric, i == 0, 100 * d.value, low, high, p if i == 0 else None))
+    return found
+
+
+def tests_table(found: Sequence[Test]) -> Table | None:
+    """Return the differences as a table."""
+    if not found:
+        return None
+    several = any(test.p is not None for test in found)
+    columns = [("difference", False), ("metric", False), ("points", True), ("95 % interval", True)]
+    rows = []
+    for test in found:
+        row = [
+            Cell(f"{test.b} − {test.a}", number=False),
+            Cell(test.metric, number=False),
+            Cell(_signed(test.value)),
+            Cell(f"{_signed(test.low)} to {_signed(test.high)}"),
+        ]
+        if several:
+            row.append(Cell("" if test.p is None else _p(test.p)))
+        rows.append(row)
+    if several:
+        columns.append(("p (McNemar)", True))
+    caption = (
+        "Differences between models on the same rows, with intervals from a paired bootstrap over the rows"
+    )
+    return Table(caption, columns, rows)
+
+
+def costs(run: Run) -> tuple[Table, Picture]:
+    """Return the table of all models and exports, and the picture of quality against time."""
+    metrics, metric = run.metrics, run.metrics["metric"]
+    teacher = metrics["teacher"]
+    names = list(teacher["metrics"])
+    goal, speed = teacher["metrics"][metric], teacher["ms_per_example"]
+    columns = [
+        ("model", False),
+        *((f"{name}{unit(name)}", True) for name in names),
+        (f"{metric} kept", True),
+        ("parameters", True),
+        ("MB on disk", True),
+        ("ms per text", True),
+        ("speed", True),
+    ]
+    rows, points = [], []
+
+    def add(
+        name: str, role: str, found: Mapping[str, float], count: int | None, size: int, ms: float
+    ) -> None:
+        kept = f"{100 * found[metric] / goal:.1f} %" if goal > 0 and metric in found else "–"
+        rows.append(
+            [
+                Cell(name, number=False),
+                *(Cell(f"{100 * found[n]:.1f}", found[n]) if n in found else Cell("–") for n in names),
+                Cell(kept),
+                Cell("–" if count is None else f"{count / 1e6:.1f} M", count),
+                Cell(f"{size / 1e6:.1f}", size),
+                Cell(f"{ms:.2f}", ms),
+                Cell(f"{speed / ms:.1f} ×", speed / ms),
+            ]
+        )
+        if metric in found:
+            points.append(Point(name, role, ms, 100 * found[metric]))
+
+    for name in run.models:
+        model = metrics[name]
+        add(
+            name,
+            name,
+            model["metrics"],
+            model["parameters"],
+            model["bytes"],
+            model["ms_per_example"],
+        )
+    for name, form in (run.export or {}).get("forms", {}).items():
+        add(
+            f"student, {name}",
+            "export",
+            form.get("metrics") or {},
+            None,
+            form["bytes"],
+            form["ms_per_row"],
+        )
+    caption = "What each model gets right and what it costs"
+    return Table(caption, columns, rows), pictures.quality(points, metric, unit(metric))
+
+
+def curves(run: Run) -> tuple[list[Picture], Table] | None:
+    """Return the training curves of every term, and the table of each stage's first and last values."""
+    steps = {
+        name: [line for line in log if "validation" not in line]
+        for name, log in (("control", run.control_log), ("student", run.log))
+    }
+    if not steps["student"]:
+        return None
+    terms = dict.fromkeys(
+        key
+        for lines in (steps["student"], steps["control"])
+        for line in lines
+        for key, value in line.items()
+        if key not in _NOT_TERMS and isinstance(value, int | float)
+    )
+    starts = _stage_starts(steps["student"])
+    drawn = []
+    metric = run.metrics["metric"]
+    evaluations = {
+        name: [
+            (line["epoch"], 100 * line["validation"][metric])
+            for line in log
+            if metric in line.get("validation", {})
+        ]
+        for name, log in (("control", run.control_log), ("student", run.log))
+    }
+    evaluations = {name: points for name, points in evaluations.items() if points}
+    if evaluations:
+        title = f"validation {metric}{unit(metric)}"
+        drawn.append(pictures.curves(title, evaluations, starts, markers=True))
+    columns = [("term", False), ("model", False), ("stage", True), ("first", True), ("last", True)]
+    rows = []
+    for term in (*terms, "gradient_norm"):
+        lines = {
+            name: [(line["epoch"], line[term]) for line in found if term in line]
+            for name, found in steps.items()
+        }
+        lines = {name: _thin(points) for name, points in lines.items() if points}
+        if not lines:
+            continue
+        title = "gradient norm" if term == "gradient_norm" else f"{term} (unweighted)"
+        drawn.append(pictures.curves(title, lines, starts))
+        for name in lines:
+            stages: dict[int, list[float]] = {}
+            for line in steps[name]:
+                if term in line:
+                    stages.setdefault(line["stage"], []).append(line[term])
+            for stage, values in stages.items():
+                rows.append(
+                    [
+                        Cell(term.replace("_", " "), number=False),
+                        Cell(name, number=False),
+                        Cell(str(stage)),
+                        Cell(f"{values[0]:.4g}"),
+                        Cell(f"{values[-1]:.4g}"),
+                    ]
+                )
+    return drawn, Table("Each term when a stage begins and ends, as logged", columns, rows)
+
+
+def flows(run: Run) -> list[tuple[Picture, Table]]:
+    """Return every flow between layers that a term recorded, as of the last step logged."""
+    found: dict[str, Any] = {}
+    for line in run.log:
+        found |= line.get("record", {})
+    shown = []
+    for term, problems in found.items():
+        for problem, record in problems.items():
+            if not isinstance(record, dict) or not record.get("flow"):
+                continue
+            flow = record["flow"]
+            title = f"{term}: {problem.replace('_', ' ')}"
+            columns = [("student layer", False), *((str(j + 1), True) for j in range(len(flow[0])))]
+            columns.append(("mass", True))
+            rows = [
+                [Cell(str(i), number=False), *(Cell(f"{value:.3f}") for value in (*row, mass))]
+                for i, (row, mass) in enumerate(zip(flow, record["student_masses"], strict=True), start=1)
+            ]
+            masses = [Cell(f"{mass:.3f}") for mass in record["teacher_masses"]]
+            rows.append([Cell("mass", number=False), *masses, Cell("")])
+            caption = f"{title}; columns are teacher layers; EMD {record['emd']:.4g}"
+            shown.append((pictures.heat(title, flow), Table(caption, columns, rows)))
+    return shown
+
+
+def agreement(kept: Predictions) -> tuple[Table, Table | None, str] | None:
+    """Return who is right where, the rows on which teacher and student disagree, and what is shown."""
+    if not {"teacher", "student"} <= kept.logits.keys():
+        return None
+    task, labels = kept.task, kept.rows.labels
+    others = [name for name in ("teacher", "student", "control") if name in kept.logits]
+    if task.kind == "regression":
+        return _differences(kept, others)
+    said = {name: predictions(kept.logits[name], task.kind) for name in others}
+    if task.kind == "classification":
+        sure = {name: softmax(kept.logits[name].astype(float), axis=1) for name in others}
+        right = {name: said[name] == labels for name in others}
+        differ = said["teacher"] != said["student"]
+    else:
+        sure = {name: expit(kept.logits[name].astype(float)) for name in others}
+        right = {name: (said[name] == labels).all(1) for name in others}
+        differ = (said["teacher"] != said["student"]).any(1)
+    total = len(labels)
+
+    def share(rows: np.ndarray) -> list[Cell]:
+        count = int(rows.sum())
+        return [Cell(f"{count:,}", count), Cell(f"{100 * count / total:.1f} %", count)]
+
+    teacher, student = right["teacher"], right["student"]
+    summary = Table(
+        "Who is right where",
+        [("rows on which", False), ("rows", True), ("share", True)],
+        [
+            [Cell("teacher and student are right", number=False), *share(teacher & student)],
+            [Cell("only the teacher is right", number=False), *share(teacher & ~student)],
+            [Cell("only the student is right", number=False), *share(~teacher & student)],
+            [Cell("neither is right", number=False), *share(~teacher & ~student)],
+        ],
+    )
+    where = np.flatnonzero(differ)
+    if not len(where):
+        return summary, None, "Teacher and student give every row the same label."
+    certain = {name: _certainty(sure[name], said[name]) for name in others}
+    order = np.argsort(-(certain["teacher"] * certain["student"])[where], kind="stable")
+    shown = where[order[:DISAGREEMENTS]]
+    columns = [
+        ("row", True),
+        *((name, False) for name in task.text),
+        ("label", False),
+        *((name, False) for name in others),
+        *((f"P {name}", True) for name in others),
+    ]
+    rows = []
+    for i in shown:
+        row = [Cell(str(i), int(i))]
+        row += [Cell(_short(column[i]), number=False) for column in kept.rows.texts]
+        row.append(Cell(_label(task, labels[i]), number=False))
+        row += [Cell(_label(task, said[name][i]), number=False) for name in others]
+        row += [Cell(f"{certain[name][i]:.2f}", float(certain[name][i])) for name in others]
+        rows.append(row)
+    all_of_them = f"{len(where):,} of {total:,} rows ({100 * len(where) / total:.1f} %)"
+    note = f"Teacher and student disagree on {all_of_them}"
+    note += (
+        f"; the {DISAGREEMENTS} on which both are most certain are shown."
+        if len(where) > DISAGREEMENTS
+        else ", most certain first."
+    )
+    note += " P is the probability that a model gives to its own answer; row counts from 0."
+    return summary, Table("Where teacher and student disagree", columns, rows, sortable=True), note
+
+
+def _differences(kept: Predictions, names: Sequence[str]) -> tuple[Table, Table | None, str]:
+    values = {name: kept.logits[name][:, 0].astype(float) for name in names}
+    labels = kept.rows.labels.astype(float)
+    summary = Table(
+        "How far from the label",
+        [("model", False), ("mean absolute error", True), ("largest error", True)],
+        [
+            [
+                Cell(name, number=False),
+                Cell(f"{np.abs(values[name] - labels).mean():.3f}"),
+                Cell(f"{np.abs(values[name] - labels).max():.3f}"),
+            ]
+            for name in names
+        ],
+    )
+    apart = np.abs(values["teacher"] - values["student"])
+    shown = np.argsort(-apart, kind="stable")[: min(DISAGREEMENTS, 50)]
+    columns = [("row", True), *((name, False) for name in kept.task.text), ("label", True)]
+    columns += [*((name, True) for name in names), ("apart", True)]
+    rows = [
+        [
+            Cell(str(i), int(i)),
+            *(Cell(_short(column[i]), number=False) for column in kept.rows.texts),
+            Cell(f"{labels[i]:.2f}", float(labels[i])),
+            *(Cell(f"{values[name][i]:.2f}", float(values[name][i])) for name in names),
+            Cell(f"{apart[i]:.2f}", float(apart[i])),
+        ]
+        for i in shown
+    ]
+    note = (
+        f"Of {len(labels):,} rows, the {len(rows)} on which teacher and student are furthest apart; "
+        "row counts from 0."
+    )
+    return summary, Table("Where teacher and student disagree", columns, rows, sortable=True), note
+
+
+def _certainty(probabilities: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """Return the probability of a model's own answer; of several labels, that of the least certain."""
+    if said.ndim == 1:
+        return np.asarray(np.take_along_axis(probabilities, said[:, None], axis=1)[:, 0])
+    return np.asarray(np.where(said > 0, probabilities, 1 - probabilities).min(1))
+
+
+def _label(task: Task, value: Any) -> str:
+    if task.kind == "classification":
+        return task.labels[int(value)]
+    return ", ".join(name for name, y in zip(task.labels, value, strict=True) if y) or "none"
+
+
+def per_class(kept: Predictions) -> Table | None:
+    """Return precision, recall and F1 of every class or label for each model; None for a score."""
+    task, labels = kept.task, kept.rows.labels
+    if task.kind == "regression":
+        return None
+    columns = [("class", False), ("rows", True)]
+    cells: list[list[Cell]] = [[Cell(name, number=False)] for name in task.labels]
+    names = [name for name in ("teacher", "control", "student") if name in kept.logits]
+    for n, name in enumerate(names):
+        said = predictions(kept.logits[name], task.kind)
+        found = precision_recall_fscore_support(labels, said, labels=range(task.outputs), zero_division=0)
+        columns += [(f"{name} {what}", True) for what in ("precision", "recall", "F1")]
+        for i, row in enumerate(cells):
+            if n == 0:
+                row.append(Cell(f"{int(found[3][i]):,}", int(found[3][i])))
+            row += [Cell(f"{100 * values[i]:.1f}", float(values[i])) for values in found[:3]]
+    return Table("Precision, recall and F1 of each class, in per cent", columns, cells, sortable=True)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts by label (rows) and answer (columns), with each cell's share of its row."""
+
+    model: str
+    labels: tuple[str, ...]
+    counts: list[list[int]]
+    shares: list[list[float]]
+
+
+def confusions(kept: Predictions) -> list[Confusion]:
+    """Return the confusion of each model; empty unless there are classes, and few enough to show."""
+    task = kept.task
+    if task.kind != "classification" or task.outputs > CLASSES:
+        return []
+    found = []
+    for name in ("teacher", "control", "student"):
+        if name in kept.logits:
+            said = predictions(kept.logits[name], task.kind)
+            counts = confusion_matrix(kept.rows.labels, said, labels=range(task.outputs))
+            shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+            found.append(Confusion(name, task.labels, counts.tolist(), shares.tolist()))
+    return found
+
+
+def calibrations(kept: Predictions) -> tuple[list[Picture], Table] | None:
+    """Return the reliability of each model: pictures and a table. None unless there are classes."""
+    if kept.task.kind != "classification":
+        return None
+    columns = [("model", False), ("ECE", True), ("mean confidence", True), ("accuracy", True)]
+    drawn, rows = [], []
+    for name in ("teacher", "control", "student"):
+        if name in kept.logits:
+            found = calibration(kept.logits[name], kept.rows.labels)
+            total = sum(found.rows)
+            mean = sum(c * n for c, n in zip(found.confidence, found.rows, strict=True)) / total
+            share = sum(a * n for a, n in zip(found.accuracy, found.rows, strict=True)) / total
+            drawn.append(
+                pictures.reliability(name, found.confidence, found.accuracy, found.rows, found.error)
+            )
+            rows.append(
+                [
+                    Cell(name, number=False),
+                    *(Cell(f"{100 * value:.1f} %") for value in (found.error, mean, share)),
+                ]
+            )
+    return drawn, Table("Expected calibration error over ten bins of confidence", columns, rows)
+
+
+def robustness(run: Run) -> Table | None:
+    """Return the metric on texts as given and on perturbed ones, with what each loses."""
+    found = run.metrics.get("robustness")
+    if not found:
+        return None
+    metric = found["metric"]
+    names = [name for name in run.models if name in found["values"]["as given"]]
+    columns = [("texts", False)]
+    for name in names:
+        columns += [(f"{name}{unit(metric)}", True), ("change in points", True)]
+    rows = []
+    for title, values in found["values"].items():
+        row = [Cell(title, number=False)]
+        for name in names:
+            change = 100 * (values[name] - found["values"]["as given"][name])
+            row.append(Cell(f"{100 * values[name]:.1f}"))
+            row.append(Cell("–" if title == "as given" else _signed(change)))
+        rows.append(row)
+    return Table(f"{metric} on {found['rows']:,} validation rows, perturbed with seed 0", columns, rows)
+
+
+def environment(run: Run) -> Table:
+    """Return machine, versions and what training took."""
+    training = run.metrics.get("train", {})
+    took = {}
+    if training:
+        took = {
+            "training": f"{training['seconds']:,.0f} s, {training['steps']:,} steps",
+            "speed": f"{training['examples_per_second']:,.0f} rows per second",
+            "peak memory": f"{training['peak_rss_bytes'] / 1e6:,.0f} MB",
+        }
+    values = {**took, **run.metrics.get("environment", {})}
+    rows = [[Cell(str(key), number=False), Cell(str(value), number=False)] for key, value in values.items()]
+    return Table("Where and how this was computed", [("what", False), ("value", False)], rows)
+
+
+def commands(run: Run) -> list[tuple[str, str]]:
+    """Return what to type to repeat the run, to see its page again, and to use its student."""
+    folder = str(run.folder)
+    recipe = shlex.quote(f"{folder}/recipe.yaml")
+    return [
+        ("The same student again", f"stillroom distill {recipe} -o NEW-FOLDER"),
+        ("With another seed", f"stillroom distill {recipe} --seed 1 -o NEW-FOLDER"),
+        ("This page again", f"stillroom report {shlex.quote(folder)}"),
+    ]
+
+
+def recipe_text(run: Run) -> str:
+    """Return the recipe as YAML."""
+    return yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)
+
+
+def _stage_starts(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the epoch after which each stage but the first was logged first."""
+    starts = []
+    for before, after in zip(lines, lines[1:], strict=False):
+        if before["stage"] != after["stage"]:
+            starts.append(float(before["epoch"]))
+    return starts
+
+
+def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    if len(points) <= POINTS:
+        return list(points)
+    return [tuple(group.mean(0).tolist()) for group in np.array_split(np.asarray(points), POINTS)]
+
+
+def _short(text: str) -> str:
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]} … ({len(text):,} characters)"
+
+
+def _signed(value: float) -> str:
+    """Return a difference with its sign, one that is no hyphen."""
+    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

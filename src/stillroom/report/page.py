@@ -1,0 +1,85 @@
+"""One self-contained HTML file: nothing is fetched, no script runs but the page's own."""
+
+import base64
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from stillroom import durable
+from stillroom.provenance import STUDENT
+from stillroom.report import card, facts
+from stillroom.report.sources import Run, read_run
+
+REPORT = "report.html"
+
+
+def write(folder: Path, output: Path | None = None) -> Path:
+    """Write a run's page, and the model card of its student, and return where the page is.
+
+    Args:
+        folder: A finished run.
+        output: The file to write; by default `report.html` in the run folder.
+
+    Raises:
+        WrongInput: If the folder is no finished run, or a file in it is damaged.
+        RunFailed: If the disk is full.
+    """
+    run = read_run(folder)
+    path = output or folder / REPORT
+    durable.write_text(path, render(run))
+    if (folder / STUDENT).is_dir():
+        durable.write_text(folder / STUDENT / card.README, card.text_of(run))
+    return path
+
+
+def render(run: Run) -> str:
+    """Return the page of a run."""
+    kept = run.kept
+    tests = facts.tests(run)
+    table, picture = facts.costs(run)
+    return _page(
+        "run.html.j2",
+        title=f"Stillroom report: {run.folder.resolve().name}",
+        run=run,
+        headline=facts.headline(run),
+        caution=facts.caution(run, tests),
+        costs=table,
+        quality=picture,
+        tests=facts.tests_table(tests),
+        curves=facts.curves(run),
+        flows=facts.flows(run),
+        agreement=kept and facts.agreement(kept),
+        classes=kept and facts.per_class(kept),
+        confusions=facts.confusions(kept) if kept else [],
+        calibration=kept and facts.calibrations(kept),
+        robustness=facts.robustness(run),
+        environment=facts.environment(run),
+        commands=facts.commands(run),
+        recipe=facts.recipe_text(run),
+    )
+
+
+def _page(template: str, **values: Any) -> str:
+    here = files("stillroom.report")
+    style = here.joinpath("page.css").read_text(encoding="utf-8")
+    script = here.joinpath("page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        loader=PackageLoader("stillroom", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = Markup
+    # The only script that a browser runs is the one with this hash.
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    made = environment.get_template(template)
+    return made.render(policy=policy, style=Markup(style), script=Markup(script), **values)

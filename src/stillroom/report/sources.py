@@ -1,0 +1,85 @@
+"""What a finished run left in its folder, read back."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillroom.errors import WrongInput
+from stillroom.evaluation import predictions
+from stillroom.evaluation.predictions import PREDICTIONS, Predictions
+from stillroom.provenance import CONTROL, METRICS, RECIPE
+from stillroom.recipe import Recipe
+
+LOG = "log.jsonl"
+EXPORT = Path("deploy") / "manifest.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's files. What is None or empty was not there."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    recipe: dict[str, Any]
+    log: list[dict[str, Any]]
+    control_log: list[dict[str, Any]]
+    kept: Predictions | None
+    export: dict[str, Any] | None
+
+    @property
+    def models(self) -> list[str]:
+        """Which of teacher, control and student there are, in this order."""
+        return [name for name in ("teacher", "control", "student") if name in self.metrics]
+
+
+def read_run(folder: Path) -> Run:
+    """Return what a run left.
+
+    Raises:
+        WrongInput: If the folder is no finished run, or a file in it is damaged.
+    """
+    if not (folder / METRICS).is_file():
+        unfinished = (folder / RECIPE).is_file()
+        remedy = (
+            f"Finish it first: stillroom distill --resume {folder}."
+            if unfinished
+            else "Give the folder that stillroom distill -o wrote."
+        )
+        raise WrongInput(f"Expected a finished run, found no {METRICS} in {folder}. {remedy}")
+    metrics = _json(folder / METRICS)
+    if not {"teacher", "student", "metric"} <= metrics.keys():
+        raise WrongInput(
+            f"Expected the metrics of a distillation, with teacher and student, found "
+            f"{', '.join(metrics) or 'nothing'} in {folder / METRICS}. A teacher from stillroom finetune "
+            "has no report: give the run that distilled it."
+        )
+    path = folder / PREDICTIONS
+    return Run(
+        folder,
+        metrics,
+        Recipe.load(folder / RECIPE).model_dump(mode="json"),
+        _lines(folder / LOG),
+        _lines(folder / CONTROL / LOG),
+        predictions.load(path) if path.is_file() else None,
+        _json(folder / EXPORT) if (folder / EXPORT).is_file() else None,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{path} cannot be read ({error}). Make it again, or remove it.") from None
+    if not isinstance(found, dict):
+        raise WrongInput(f"Expected a JSON object in {path}, found {type(found).__name__}.")
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise WrongInput(f"{path} cannot be read ({error}). Remove it to leave the curves out.") from None

@@ -1,0 +1,127 @@
+"""A finished run made by hand, in a moment: every part that a page can show, with hostile texts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stillroom.data.tasks import Kind, Rows, Task
+from stillroom.evaluation import predictions
+from stillroom.evaluation.metrics import score
+from stillroom.evaluation.predictions import Predictions
+from stillroom.recipe import Recipe
+
+HOSTILE = "</td><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> & $x_1$ «ü»"
+
+_LABELS = {
+    "classification": ("fine", "<script>window.hacked = 3</script>", "a & b"),
+    "multi-label": ("one", "two", "<b>three</b>"),
+    "regression": (),
+}
+_METRICS = {
+    "classification": ("accuracy", "mcc"),
+    "multi-label": ("f1", "accuracy"),
+    "regression": ("pearson", "spearman"),
+}
+
+
+def _logits(task: Task, labels: np.ndarray, noise: float, seed: int) -> np.ndarray:
+    chance = np.random.default_rng(seed)
+    if task.kind == "classification":
+        clean = np.eye(task.outputs)[labels] * 4
+    else:
+        clean = labels.reshape(len(labels), -1) * 4 - 2
+    return (clean + noise * chance.standard_normal(clean.shape)).astype(np.float32)
+
+
+def make_run(
+    folder: Path, *, kind: Kind = "classification", rows: int = 60, whole: bool = True, pair: bool = False
+) -> Path:
+    """Write a run folder.
+
+    Args:
+        folder: Where.
+        kind: Of its task.
+        rows: Of its validation split.
+        whole: With control, robustness, a recorded flow and an export; else with none of them.
+        pair: Whether the task has two texts.
+    """
+    text = ("premise", "hypothesis") if pair else ("text",)
+    task = Task("toy", kind, text, "label", _LABELS[kind], _METRICS[kind])
+    chance = np.random.default_rng(0)
+    labels: Any
+    if kind == "classification":
+        labels = np.arange(rows) % 3
+    elif kind == "multi-label":
+        labels = (chance.random((rows, 3)) < 0.5).astype(np.float32)
+    else:
+        labels = chance.random(rows).astype(np.float32)
+    texts = tuple([f"{i} {HOSTILE}" for i in range(rows)] for _ in text)
+    noise = {"teacher": 0.5, "student": 3.0, "control": 4.0}
+    if not whole:
+        del noise["control"]
+    logits = {name: _logits(task, labels, n, seed) for seed, (name, n) in enumerate(noise.items())}
+    metrics: dict[str, Any] = {
+        name: {
+            "metrics": score(task, found, labels),
+            "parameters": 20_000_000 if name == "teacher" else 10_000_000,
+            "non_embedding_parameters": 8_000_000,
+            "bytes": 80_000_000 if name == "teacher" else 40_000_000,
+            "ms_per_example": 10.0 if name == "teacher" else 5.0,
+        }
+        for name, found in logits.items()
+    }
+    first = task.metrics[0]
+    metrics["metric"] = first
+    metrics["train"] = {
+        "seconds": 12.0,
+        "steps": 20,
+        "examples": 320,
+        "tokens": 3000,
+        "examples_per_second": 26.7,
+        "tokens_per_second": 250.0,
+        "peak_rss_bytes": 900_000_000,
+    }
+    metrics["environment"] = {"machine": "a machine <i>", "threads": 2}
+    log: list[dict[str, Any]] = []
+    for step in range(1, 21):
+        stage = 1 if step <= 10 else 2
+        line = {"step": step, "stage": stage, "loss": 1 / step, "soft": 0.5 / step, "gradient_norm": 1.0}
+        line |= {"epoch": step / 10, "learning_rate": 1e-4, "examples_per_second": 20.0}
+        if whole:
+            problem = {"emd": 0.5 / step, "flow": [[0.3, 0.1, 0.0], [0.0, 0.2, 0.4]]}
+            problem |= {"student_masses": [0.4, 0.6], "teacher_masses": [0.3, 0.3, 0.4]}
+            line["record"] = {"layers": {"hidden_states": problem}}
+        log.append(line)
+        if step % 10 == 0:
+            log.append({"step": step, "epoch": step / 10, "validation": {first: 0.5 + step / 100}})
+    folder.mkdir(parents=True)
+    if whole:
+        metrics["robustness"] = {
+            "rows": rows,
+            "metric": first,
+            "values": {
+                title: {name: 0.9 - 0.1 * i for name in logits}
+                for i, title in enumerate(("as given", "typos in 1 of 10 words"))
+            },
+        }
+        (folder / "control").mkdir()
+        _write_log(folder / "control" / "log.jsonl", log)
+        (folder / "deploy").mkdir()
+        form = {"metrics": metrics["student"]["metrics"], "bytes": 10_000_000, "ms_per_row": 2.0}
+        manifest = {"forms": {"onnx-int8": form}, "fastest": "onnx-int8", "refused": {}}
+        (folder / "deploy" / "manifest.json").write_text(json.dumps(manifest))
+    _write_log(folder / "log.jsonl", log)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    recipe = Recipe.load(teacher=f"runs/{HOSTILE}", dataset=f"data/{HOSTILE}", student="layers:2,4,6")
+    recipe.save(folder / "recipe.yaml")
+    (folder / "student").mkdir()
+    predictions.save(
+        folder / "predictions.parquet", Predictions(task, Rows("toy rows", texts, labels), logits)
+    )
+    return folder
+
+
+def _write_log(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

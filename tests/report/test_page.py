@@ -1,0 +1,249 @@
+"""The page without a browser: what it says, leaves out, escapes and refuses."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from made_run import HOSTILE, make_run
+
+from stillroom import WrongInput
+from stillroom.data.tasks import Kind
+from stillroom.recipe import Recipe
+from stillroom.report import facts, pictures
+from stillroom.report.page import write
+from stillroom.report.sources import read_run
+
+SECTIONS = {
+    "costs",
+    "training",
+    "flow",
+    "disagreements",
+    "classes",
+    "calibration",
+    "robustness",
+    "repeat",
+}
+
+
+def sections(page: str) -> set[str]:
+    return set(re.findall(r'<section id="(\w+)"', page))
+
+
+@pytest.mark.parametrize(
+    ("kind", "without"),
+    [
+        ("classification", set()),
+        ("multi-label", {"calibration"}),
+        ("regression", {"calibration", "classes"}),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_a_run_has_no_part_of_has_no_section(
+    tmp_path: Path, kind: Kind, without: set[str], whole: bool
+) -> None:
+    page = write(make_run(tmp_path / "run", kind=kind, whole=whole, pair=not whole)).read_text()
+    missing = without if whole else without | {"flow", "robustness"}
+    assert sections(page) == SECTIONS - missing
+    assert set(re.findall(r'<a href="#(\w+)"', page)) == SECTIONS - missing
+    assert ('<tr class="control">' in page) == whole
+    assert len(page) < 1_000_000
+    assert (r"Confusion of the" in page) == (kind == "classification")
+
+
+def test_an_older_run_without_predictions_has_a_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", whole=False)
+    (run / "predictions.parquet").unlink()
+    (run / "log.jsonl").unlink()
+    assert sections(write(run).read_text()) == {"costs", "repeat"}
+
+
+def test_nothing_of_the_data_becomes_markup(tmp_path: Path) -> None:
+    """One script, the page's own, whose hash is the only one that the policy lets run."""
+    page = write(make_run(tmp_path / "a <script>window.hacked = 5<" / "script>")).read_text()
+    assert page.count("<script") == 1 and "<img" not in page and "hacked = 1</script>" not in page
+    assert HOSTILE in unescape(page)
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert not re.search(r'(src|href|action)="(?!#)', page)
+    assert "@import" not in page and not re.search(r"url\((?!#)", page)
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert write(run).read_bytes() == write(run, tmp_path / "other.html").read_bytes()
+
+
+def test_the_headline_is_what_the_metrics_say(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", whole=False))
+    accuracy = run.metrics["teacher"]["metrics"]["accuracy"]
+    run.metrics["student"]["metrics"]["accuracy"] = 0.96 * accuracy
+    assert facts.headline(run) == (
+        "The student keeps 96.0 % of the teacher’s accuracy at 2.0 times its speed."
+    )
+    run.metrics["control"] = {"metrics": {"accuracy": 0.94 * accuracy}}
+    assert facts.headline(run).endswith("speed; without a teacher it would have kept 94.0 %.")
+    run.metrics["teacher"]["metrics"]["accuracy"] = 0.0
+    assert "nothing to keep" in facts.headline(run)
+
+
+def test_differences_have_their_intervals_and_chance_is_named(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", rows=300))
+    found = {(test.a, test.b): test for test in facts.tests(run) if test.first}
+    assert set(found) == {("control", "student"), ("teacher", "student"), ("teacher", "control")}
+    for (a, b), test in found.items():
+        values = [100 * run.metrics[name]["metrics"]["accuracy"] for name in (a, b)]
+        assert test.value == pytest.approx(values[1] - values[0])
+        assert test.low < test.value < test.high
+        assert test.p is not None
+    text = facts.caution(run, list(found.values()))
+    test = found["control", "student"]
+    assert ("can explain" in text) == (test.low <= 0 <= test.high)
+    assert "One seed (0) on 300 validation rows" in text and "selected on these same rows" in text
+
+
+def test_disagreements_are_the_most_certain_and_no_more_than_fit(tmp_path: Path) -> None:
+    kept = read_run(make_run(tmp_path / "run", rows=1500)).kept
+    assert kept is not None
+    found = facts.agreement(kept)
+    assert found is not None
+    summary, table, note = found
+    assert table is not None
+    differ = kept.logits["teacher"].argmax(1) != kept.logits["student"].argmax(1)
+    assert differ.sum() > facts.DISAGREEMENTS == len(table.rows)
+    assert f"disagree on {differ.sum():,} of 1,500 rows" in note and "the 200 on which both" in note
+    assert sum(int(str(row[1].value)) for row in summary.rows) == 1500
+    names = [name for name, _ in table.columns]
+    a, b = names.index("P teacher"), names.index("P student")
+    certain = [float(str(row[a].value)) * float(str(row[b].value)) for row in table.rows]
+    assert certain == sorted(certain, reverse=True)
+    assert all(differ[int(row[0].text)] for row in table.rows)
+
+
+def test_teachers_of_the_same_opinion_have_no_table(tmp_path: Path) -> None:
+    kept = read_run(make_run(tmp_path / "run")).kept
+    assert kept is not None
+    kept.logits["student"] = kept.logits["teacher"]
+    found = facts.agreement(kept)
+    assert found is not None and found[1] is None and "every row the same" in found[2]
+
+
+def test_long_texts_are_cut_and_say_so(tmp_path: Path) -> None:
+    kept = read_run(make_run(tmp_path / "run")).kept
+    assert kept is not None
+    kept.rows.texts[0][:] = ["x" * 100_000] * len(kept.rows)
+    found = facts.agreement(kept)
+    assert found is not None and found[1] is not None
+    text = found[1].rows[0][1].text
+    assert text.endswith("… (100,000 characters)") and len(text) < 700
+
+
+def test_confusion_counts_labels_by_row(tmp_path: Path) -> None:
+    kept = read_run(make_run(tmp_path / "run")).kept
+    assert kept is not None
+    wrong = np.zeros_like(kept.logits["student"])
+    wrong[:, 2] = 1
+    kept.logits["student"] = wrong
+    found = {c.model: c.counts for c in facts.confusions(kept)}
+    assert found["student"] == [[0, 0, 20], [0, 0, 20], [0, 0, 20]]
+
+
+def test_pictures_have_the_pages_colours_only(tmp_path: Path) -> None:
+    point = pictures.Point("teacher <b> $x$", "teacher", 2.0, 90.0)
+    picture = pictures.quality([point], "accuracy", " %")
+    assert "var(--teacher)" in picture.svg and "#0102" not in picture.svg
+    assert "&lt;b&gt;" in picture.svg and "<b>" not in picture.svg and "$x$" in picture.svg
+    assert 'role="img"' in picture.svg and "90.0 % at 2.00 ms" in picture.svg
+    assert "<metadata" not in picture.svg and "font-family" not in picture.svg
+
+
+def test_flows_are_the_last_logged_with_their_masses(tmp_path: Path) -> None:
+    ((picture, table),) = facts.flows(read_run(make_run(tmp_path / "run")))
+    assert "layers: hidden states" in picture.caption and table.caption.endswith("EMD 0.025")
+    rows = [[cell.text for cell in row] for row in table.rows]
+    assert rows == [
+        ["1", "0.300", "0.100", "0.000", "0.400"],
+        ["2", "0.000", "0.200", "0.400", "0.600"],
+        ["mass", "0.300", "0.300", "0.400", ""],
+    ]
+
+
+def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
+    points = [(float(i), float(i % 2)) for i in range(10_000)]
+    found = facts._thin(points)
+    assert len(found) == facts.POINTS
+    assert all(value == pytest.approx(0.5) for _, value in found)
+
+
+def _without(path: Path) -> None:
+    path.unlink()
+
+
+def _broken(path: Path) -> None:
+    path.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("metrics.json", _without, "distill --resume"),
+        ("metrics.json", _broken, "cannot be read"),
+        ("metrics.json", lambda path: path.write_text("[]"), "JSON object"),
+        ("metrics.json", lambda path: path.write_text('{"model": {}}'), "stillroom finetune"),
+        ("recipe.yaml", _broken, "YAML"),
+        ("log.jsonl", _broken, "curves"),
+        ("deploy/manifest.json", _broken, "cannot be read"),
+        ("predictions.parquet", _broken, "--resume"),
+    ],
+)
+def test_damaged_runs_are_refused_with_a_remedy(
+    tmp_path: Path, name: str, change: Any, message: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    change(run / name)
+    with pytest.raises(WrongInput, match=message):
+        write(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WrongInput, match="finished run"):
+        write(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi-label", "regression"])
+def test_the_card_has_metadata_that_the_hub_reads(tmp_path: Path, kind: Kind) -> None:
+    run = make_run(tmp_path / "run", kind=kind)
+    write(run)
+    card = ModelCard.load(run / "student" / "README.md")
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.library_name == "transformers"
+    metrics = json.loads((run / "metrics.json").read_text())["student"]["metrics"]
+    results = card.data.eval_results
+    assert results is not None
+    assert [result.metric_name for result in results] == list(metrics)
+    for result in results:
+        assert result.metric_value == pytest.approx(metrics[result.metric_name], abs=1e-4)
+    assert card.data.license is None and card.data.base_model is None
+    assert "the teacher states none" in card.text and "<script" not in card.text
+
+
+def test_the_card_takes_licence_and_base_from_the_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run")
+    Recipe.load(run / "recipe.yaml", ["teacher.name=teacher"]).save(run / "recipe.yaml")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\n")
+    write(run)
+    card = ModelCard.load(run / "student" / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "a/b")
+    # A card that cannot be read states nothing.
+    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: [\n---\n")
+    (tmp_path / "teacher" / "recipe.yaml").write_text("model: minilm-l6\n")
+    write(run)
+    card = ModelCard.load(run / "student" / "README.md")
+    assert (card.data.license, card.data.base_model) == (None, "sentence-transformers/all-MiniLM-L6-v2")
