@@ -247,3 +247,21 @@ def test_the_card_takes_licence_and_base_from_the_teacher(
     write(run)
     card = ModelCard.load(run / "student" / "README.md")
     assert (card.data.license, card.data.base_model) == (None, "sentence-transformers/all-MiniLM-L6-v2")
+
+
+def test_a_comparison_has_a_page(tmp_path: Path) -> None:
+    result = {"seeds": {"0": {"accuracy": 0.8}, "1": {"accuracy": 0.9}}, "mean": {"accuracy": 0.85}}
+    result |= {"standard_deviation": {"accuracy": 0.07}, "retained": 0.944}
+    against = {"accuracy": {"value": 0.02, "low": -0.01, "high": 0.05}}
+    costs = {"parameters": 1_000_000, "ms_per_example": 2.0}
+    kd = {**result, "mean": {"accuracy": 0.87}, "against_control": against}
+    teacher = {**costs, "metrics": {"accuracy": 0.9}}
+    students = {HOSTILE: {**costs, "methods": {"none": result, "kd": kd}}}
+    found = {"dataset": HOSTILE, "rows": 100, "metric": "accuracy", "teacher": teacher}
+    (tmp_path / "compare.json").write_text(json.dumps({**found, "students": students}))
+    page = write(tmp_path).read_text()
+    assert page.count("<script") == 1 and "<img" not in page
+    assert "kd with student" in page and "87.0 %, teacher 90.0 %" in page and "-1.0 to +5.0" in page
+    (tmp_path / "compare.json").write_text("{}")
+    with pytest.raises(WrongInput, match="stillroom compare"):
+        write(tmp_path)

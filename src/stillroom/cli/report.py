@@ -10,12 +10,16 @@ from stillroom.cli import frame
 
 EXAMPLES = frame.examples(
     "stillroom report runs/student",
+    "stillroom report runs/comparison",
     "stillroom report runs/student -o report.html --json",
 )
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|COMPARE", help="The folder of a finished run, or of a comparison."),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Default: report.html in the run folder."),

@@ -11,28 +11,46 @@ from markupsafe import Markup
 
 from stillroom import durable
 from stillroom.provenance import STUDENT
-from stillroom.report import card, facts
-from stillroom.report.sources import Run, read_run
+from stillroom.report import card, comparison, facts
+from stillroom.report.sources import COMPARISON, Run, read_comparison, read_run
 
 REPORT = "report.html"
 
 
 def write(folder: Path, output: Path | None = None) -> Path:
-    """Write a run's page, and the model card of its student, and return where the page is.
+    """Write the page of a comparison, or of a run with its student's model card; return where it is.
 
     Args:
-        folder: A finished run.
+        folder: A finished run, or a comparison.
         output: The file to write; by default `report.html` in the run folder.
 
     Raises:
         WrongInput: If the folder is no finished run, or a file in it is damaged.
         RunFailed: If the disk is full.
     """
+    if (folder / COMPARISON).is_file():
+        return write_comparison(folder, output)
     run = read_run(folder)
     path = output or folder / REPORT
     durable.write_text(path, render(run))
     if (folder / STUDENT).is_dir():
         durable.write_text(folder / STUDENT / card.README, card.text_of(run))
+    return path
+
+
+def write_comparison(folder: Path, output: Path | None = None) -> Path:
+    """Write a comparison's page and return where it is; by default `report.html` in its folder."""
+    found = read_comparison(folder)
+    path = output or folder / REPORT
+    text = _page(
+        "comparison.html.j2",
+        title=f"Stillroom comparison: {folder.resolve().name}",
+        found=found,
+        headline=comparison.headline(found),
+        results=comparison.table(found),
+        quality=comparison.picture(found),
+    )
+    durable.write_text(path, text)
     return path
 
 

@@ -55,6 +55,8 @@ def quality(points: Sequence[Point], metric: str, unit: str) -> Picture:
                 va="bottom" if above else "top",
                 color=_STAND_INS[point.role],
                 weight="bold",
+                # A long name may reach over the edge; it must not squeeze the axes.
+                in_layout=False,
             )
         times, values = [point.ms for point in points], [point.value for point in points]
         if max(times) > 5 * min(times) > 0:

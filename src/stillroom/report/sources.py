@@ -11,6 +11,7 @@ from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.provenance import CONTROL, METRICS, RECIPE
 from stillroom.recipe import Recipe
 
+COMPARISON = "compare.json"
 LOG = "log.jsonl"
 EXPORT = Path("deploy") / "manifest.json"
 
@@ -64,6 +65,19 @@ def read_run(folder: Path) -> Run:
         predictions.load(path) if path.is_file() else None,
         _json(folder / EXPORT) if (folder / EXPORT).is_file() else None,
     )
+
+
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """Return what a comparison found, or raise `WrongInput` if its file is damaged or empty."""
+    found = _json(folder / COMPARISON)
+    students = found.get("students", {})
+    # Of one that was stopped, some have nothing yet.
+    found["students"] = {name: each for name, each in students.items() if each["methods"]}
+    if not {"dataset", "rows", "metric", "teacher"} <= found.keys() or not found["students"]:
+        raise WrongInput(
+            f"Expected the results of stillroom compare in {folder / COMPARISON}, found others."
+        )
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

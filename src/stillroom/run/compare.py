@@ -40,6 +40,7 @@ from stillroom.evaluation.predict import predict
 from stillroom.evaluation.significance import RESAMPLED, bootstrap_over_seeds
 from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
 from stillroom.recipe import Comparison, MethodSettings, Recipe, VariantSettings
+from stillroom.report import page
 from stillroom.run.parts import Common, Parts, training_figures
 from stillroom.training.loop import CHECKPOINTS
 
@@ -137,6 +138,8 @@ def compare(
             here.work(console)
     found = _collect(folder, everything, common, here.logits)
     durable.write_json(folder / RESULTS, found)
+    if any(student["methods"] for student in found["students"].values()):
+        page.write_comparison(folder)
     missing = here.missing()
     if missing:
         errors = here.errors()
