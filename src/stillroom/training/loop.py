@@ -33,6 +33,7 @@ from stillroom.errors import RunFailed
 from stillroom.generator import Generator
 from stillroom.methods.base import Plan, Stage
 from stillroom.recipe import TrainingSettings
+from stillroom.teacher import Teacher
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training import checkpoint
 from stillroom.training.augmentation import Augmenter
@@ -49,7 +50,7 @@ class Job:
     name: str
     """Shown beside the progress bar."""
     student: Encoder
-    teacher: LiveTeacher | None
+    teacher: Teacher | None
     plan: Plan
     rows: Rows
     student_tokens: TokenisedRows

@@ -1,0 +1,49 @@
+"""Which teacher a run learns from: the model itself, or a recording of it."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from stillroom.data.tokens import TokenisedRows
+from stillroom.encoder import Needs
+from stillroom.recipe import TeacherSettings
+from stillroom.teacher import Teacher
+from stillroom.teacher.cache import Cache, Origin
+from stillroom.teacher.live import LiveTeacher
+from stillroom.teacher.recorded import record
+
+
+def choose(
+    settings: TeacherSettings,
+    live: LiveTeacher,
+    tokens: TokenisedRows,
+    needs: Needs,
+    *,
+    max_length: int,
+    repeated: bool,
+    console: Console,
+) -> Teacher:
+    """Return the teacher that the settings ask for, recorded first where it is to be.
+
+    What `auto` does depends on the run alone, not on what happens to be recorded: a run that goes
+    on after a kill learns from the teacher it started with.
+
+    Args:
+        settings: The recipe's.
+        live: The teacher.
+        tokens: The training rows as the teacher tokenises them.
+        needs: What the terms of all stages read of it.
+        max_length: The recipe's.
+        repeated: Whether rows are read more than once, by several epochs or by several runs.
+        console: Where progress goes.
+
+    Raises:
+        WrongInput: If the folder that is named holds the cache of another teacher.
+        RunFailed: If the disk is full.
+    """
+    if needs == Needs() or settings.cache == "off" or (settings.cache == "auto" and not repeated):
+        return live
+    origin = Origin.of(live.encoder, max_length=max_length, bf16=live.bf16)
+    folder = origin.folder if settings.cache == "auto" else Path(settings.cache).expanduser()
+    cache = Cache(folder, origin)
+    return record(live, cache, tokens, needs, max_bytes=settings.max_bytes, console=console)

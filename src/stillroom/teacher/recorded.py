@@ -1,0 +1,373 @@
+"""The teacher as a recording: each row computed once, and read back in every later epoch and run."""
+
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from stillroom.data.batching import Batch, Inputs, pad, sequential_batches
+from stillroom.data.tokens import TokenisedRows
+from stillroom.encoder import Needs, Outputs
+from stillroom.errors import WrongInput
+from stillroom.teacher.cache import Cache, key_of, keys_of
+from stillroom.teacher.live import LiveTeacher
+
+MAX_BYTES = 20 * 10**9
+"""Most bytes of a cache, where the recipe names no other number and the disk has ten times as many free."""
+
+_SHARD_BYTES = 64 * 2**20
+
+_ORDER = (
+    "logits",
+    "pooled_states",
+    "hidden_states",
+    "embeddings",
+    "queries",
+    "keys",
+    "values",
+    "attention_scores",
+)
+"""Fields of `Needs`, cheap ones first: what is kept where not everything fits."""
+
+_HEADS = ("queries", "keys", "values")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One tensor of `Outputs`: a field, and the index where the field holds several."""
+
+    field: str
+    index: Any = None
+
+    @property
+    def name(self) -> str:
+        """What the cache calls it, such as `hidden_states.4`."""
+        index = self.index if isinstance(self.index, tuple) else (self.index,)
+        return ".".join([self.field, *(str(part) for part in index if part is not None)])
+
+    def of(self, outputs: Outputs) -> Tensor:
+        """Return the tensor."""
+        found = getattr(outputs, self.field)
+        tensor: Tensor = found if self.index is None else found[self.index]
+        return tensor
+
+
+def columns_of(needs: Needs) -> list[Column]:
+    """Return the tensors that `needs` names, cheap ones first.
+
+    Example:
+        >>> [column.name for column in columns_of(Needs(logits=True, hidden_states=frozenset({2, 0})))]
+        ['logits', 'hidden_states.0', 'hidden_states.2']
+    """
+    found = []
+    for name in _ORDER:
+        wanted = getattr(needs, name, False)
+        if isinstance(wanted, bool):
+            found += [Column(name)] if wanted else []
+        else:
+            found += [Column(name, index) for index in sorted(wanted)]
+    return found
+
+
+def needs_of(columns: Iterable[Column]) -> Needs:
+    """Return the needs that name these tensors."""
+    given: dict[str, Any] = {}
+    for column in columns:
+        if column.index is None:
+            given[column.field] = True
+        else:
+            given[column.field] = given.get(column.field, frozenset()) | {column.index}
+    return Needs(**given)
+
+
+class RecordedTeacher:
+    """Gives a teacher's outputs from its cache, and computes live what the cache does not hold.
+
+    Same call as `LiveTeacher`. What is read is what the recording pass computed, bit for bit in
+    float32, rounded to bf16 (logits are not) where bf16 autocast computes the teacher. The pass has
+    other batches than training, and a matrix product of another shape may round otherwise: on one
+    processor the two teachers agree to float32 rounding (1e-5 of the values' size), exactly where the
+    kernels round every row alike. Positions of padding are 0, in attention scores the least number.
+
+    A row is found by its tokens, so order and repetition of rows do not matter.
+
+    Args:
+        live: The teacher.
+        cache: Its opened cache.
+        kept: What the cache holds of every row.
+        seconds: What recording took.
+    """
+
+    def __init__(self, live: LiveTeacher, cache: Cache, kept: Sequence[Column], seconds: float = 0.0):
+        self._live, self._cache = live, cache
+        self.kept = frozenset(kept)
+        self.seconds = seconds
+
+    @property
+    def module(self) -> nn.Module:
+        """The frozen model."""
+        return self._live.module
+
+    def __call__(self, batch: Batch, needs: Needs) -> Outputs:
+        """Return what `needs` names for the batch's rows, detached, in float32.
+
+        Where nothing is left to compute the model is not run; it may be called from any thread. A batch
+        on a GPU costs one copy of its token ids to the host.
+
+        Raises:
+            WrongInput: If a row was not recorded.
+        """
+        columns = columns_of(needs)
+        recorded = [column for column in columns if column in self.kept]
+        outputs = self._live(batch, needs_of(column for column in columns if column not in self.kept))
+        if not recorded:
+            return outputs
+        inputs = batch.teacher
+        rows_of = _rows(inputs)
+        keys = [key_of(ids, types) for ids, types in rows_of]
+        lengths = [len(ids) for ids, _ in rows_of]
+        width, device = inputs.input_ids.shape[1], inputs.input_ids.device
+        found: dict[str, Any] = {
+            name: getattr(outputs, name) for name in _ORDER if getattr(outputs, name, None) is not None
+        }
+        for column in recorded:
+            try:
+                rows = self._cache.read(column.name, keys)
+            except KeyError:
+                raise WrongInput(
+                    f"A row of the batch is not in the cache {self._cache.folder}, which holds rows of the "
+                    f"teacher {self._cache.origin.teacher[:12]} as the tokenizer "
+                    f"{self._cache.origin.tokenizer[:12]} cuts them. Record the rows first."
+                ) from None
+            tensor = _padded(column, rows, lengths, width, self._live.encoder.heads)
+            tensor = tensor.to(device, non_blocking=True).float()
+            if column.index is None:
+                found[column.field] = tensor
+            else:
+                found[column.field] = {**found[column.field], column.index: tensor}
+        return Outputs(**found)
+
+    def served(self) -> dict[str, Any]:
+        """Return what was read, as `metrics.json` shows it."""
+        return {
+            "recorded": sorted(column.name for column in self.kept),
+            "bytes": self._cache.bytes,
+            "recording_seconds": self.seconds,
+        }
+
+
+def record(
+    live: LiveTeacher,
+    cache: Cache,
+    tokens: TokenisedRows,
+    needs: Needs,
+    *,
+    max_bytes: int | None,
+    console: Console,
+    shard_bytes: int = _SHARD_BYTES,
+) -> RecordedTeacher:
+    """Record what `needs` names for every row, as far as it fits, and return the teacher that reads it.
+
+    Rows are computed in batches of one length, or nearly. A batch depends on the rows' content only,
+    so a recording that was stopped goes on to the same bits.
+
+    Args:
+        live: The teacher.
+        cache: Where to keep it. Another process that records there is waited for.
+        tokens: The rows, as the teacher tokenises them.
+        needs: What the terms of all stages read.
+        max_bytes: Most bytes that the cache may take; None: 20 GB, or a tenth of the free disk if less.
+        console: Where progress goes, and the line that says what is kept.
+        shard_bytes: A shard is finished when it has as many.
+
+    Raises:
+        WrongInput: If the cache is of another teacher.
+        RunFailed: If the disk is full. What is finished is kept.
+    """
+    started = time.perf_counter()
+    all_keys = keys_of(tokens)
+    position = {key: i for i, key in reversed(list(enumerate(all_keys)))}
+    # By content, not by position: shuffled rows are recorded in the same batches.
+    index = np.asarray([position[key] for key in sorted(position)])
+    keys = [all_keys[i] for i in index]
+    with cache.writing(console):
+        most = max_bytes if max_bytes is not None else default_budget(cache.folder)
+        sizes = _sizes(live, tokens, index, columns_of(needs))
+        kept: list[Column] = []
+        lacking: dict[Column, set[bytes]] = {}
+        total = cache.bytes
+        for column, size in sizes.items():
+            missing = set(cache.missing(column.name, keys))
+            more = int(sum(size[i] for i, key in enumerate(keys) if key in missing)) if missing else 0
+            if total + more <= most:
+                total += more
+                kept.append(column)
+                if missing:
+                    lacking[column] = missing
+        _announce(sizes, kept, cache, total, console)
+        if lacking:
+            _record(live, cache, tokens, index, keys, lacking, shard_bytes, console)
+            cache.reload()
+    return RecordedTeacher(live, cache, kept, time.perf_counter() - started)
+
+
+def default_budget(folder: Path) -> int:
+    """Return 20 GB, or a tenth of what is free on the disk of `folder` if that is less."""
+    return min(MAX_BYTES, shutil.disk_usage(folder).free // 10)
+
+
+def _record(
+    live: LiveTeacher,
+    cache: Cache,
+    tokens: TokenisedRows,
+    index: np.ndarray,
+    keys: Sequence[bytes],
+    lacking: dict[Column, set[bytes]],
+    shard_bytes: int,
+    console: Console,
+) -> None:
+    bf16 = cache.origin.precision == "bf16"
+    needs = needs_of(lacking)
+    parts: dict[tuple[Column, ...], _Part] = {}
+    with torch.inference_mode(), Progress(console=console, transient=True) as bar:
+        task = bar.add_task("Recording the teacher", total=len(index))
+        for batch in sequential_batches(tokens.lengths[index]):
+            bar.advance(task, len(batch))
+            wanted = [tuple(c for c in lacking if keys[i] in lacking[c]) for i in batch]
+            if not any(wanted):
+                continue
+            inputs = pad(tokens, index[batch])
+            on_device = inputs.to(next(live.module.parameters()).device)
+            labels = torch.empty(0)
+            outputs = live(Batch(on_device, on_device, labels, labels), needs)
+            tensors = {column: _stored(column, column.of(outputs), bf16) for column in lacking}
+            for row, columns in enumerate(wanted):
+                if columns:
+                    length = int(tokens.lengths[index[batch[row]]])
+                    part = parts.setdefault(columns, _Part({column: [] for column in columns}, []))
+                    part.add(keys[batch[row]], {c: _cut(c, tensors[c][row], length) for c in columns})
+                    if part.size >= shard_bytes:
+                        part.write(cache)
+    for part in parts.values():
+        part.write(cache)
+
+
+@dataclass
+class _Part:
+    """Rows that are not yet a shard."""
+
+    values: dict[Column, list[np.ndarray]]
+    keys: list[bytes]
+    size: int = 0
+
+    def add(self, key: bytes, values: dict[Column, np.ndarray]) -> None:
+        self.keys.append(key)
+        for column, value in values.items():
+            self.values[column].append(value)
+            self.size += value.nbytes
+
+    def write(self, cache: Cache) -> None:
+        if self.keys:
+            cache.write(self.keys, {column.name: rows for column, rows in self.values.items()})
+        self.keys, self.size = [], 0
+        self.values = {column: [] for column in self.values}
+
+
+def _stored(column: Column, tensor: Tensor, bf16: bool) -> np.ndarray:
+    """Return a batch's tensor as it is stored: tokens before heads, float32 or the bits of bf16."""
+    if column.field in _HEADS:
+        tensor = tensor.transpose(1, 2)
+    tensor = tensor.detach().cpu().contiguous()
+    if bf16 and column.field != "logits":
+        return tensor.bfloat16().view(torch.int16).numpy()
+    return tensor.float().numpy()
+
+
+def _cut(column: Column, row: np.ndarray, length: int) -> np.ndarray:
+    """Return a row's flat values without padding."""
+    if column.field == "attention_scores":
+        row = row[:, :length, :length]
+    elif column.field not in ("logits", "pooled_states"):
+        row = row[:length]
+    # A copy: a view would keep the whole batch in memory.
+    return row.reshape(-1).copy()
+
+
+def _padded(
+    column: Column, rows: Sequence[np.ndarray], lengths: Sequence[int], width: int, heads: int
+) -> Tensor:
+    """Return the rows as one tensor of the shape that `Outputs` says."""
+    count, stored = len(rows), rows[0].dtype
+    dtype = torch.bfloat16 if stored == np.int16 else torch.float32
+    if column.field in ("logits", "pooled_states"):
+        return torch.from_numpy(np.stack(rows)).view(dtype)
+    if column.field == "attention_scores":
+        scores = torch.full((count, heads, width, width), torch.finfo(dtype).min, dtype=dtype)
+        flat = scores.view(torch.int16).numpy() if stored == np.int16 else scores.numpy()
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            flat[i, :, :length, :length] = row.reshape(heads, length, length)
+        return scores
+    size = len(rows[0]) // lengths[0]
+    states = np.zeros((count, width * size), dtype=stored)
+    for i, row in enumerate(rows):
+        states[i, : len(row)] = row
+    tensor = torch.from_numpy(states).view(dtype).view(count, width, size)
+    if column.field in _HEADS:
+        return tensor.view(count, width, heads, size // heads).transpose(1, 2)
+    return tensor
+
+
+def _rows(inputs: Inputs) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Return each row's token ids and types, without padding."""
+    ids = inputs.input_ids.cpu().numpy().astype(np.int32)
+    types = None if inputs.token_type_ids is None else inputs.token_type_ids.cpu().numpy().astype(np.int8)
+    lengths = inputs.attention_mask.sum(1).tolist()
+    return [(ids[i, :n], None if types is None else types[i, :n]) for i, n in enumerate(lengths)]
+
+
+def _sizes(
+    live: LiveTeacher, tokens: TokenisedRows, index: np.ndarray, columns: Sequence[Column]
+) -> dict[Column, np.ndarray]:
+    """Return the bytes of each row in each column, from the shapes of one row's outputs."""
+    if not columns:
+        return {}
+    lengths = tokens.lengths[index].astype(np.int64)
+    first = int(np.argmin(lengths))
+    inputs = pad(tokens, index[[first]]).to(next(live.module.parameters()).device)
+    labels = torch.empty(0)
+    outputs = live(Batch(inputs, inputs, labels, labels), needs_of(columns))
+    width = 2 if live.bf16 else 4
+    found = {}
+    for column in columns:
+        count, length = column.of(outputs)[0].numel(), int(lengths[first])
+        if column.field == "logits":
+            found[column] = np.full(len(index), 4 * count)
+        elif column.field == "pooled_states":
+            found[column] = np.full(len(index), width * count)
+        elif column.field == "attention_scores":
+            found[column] = width * (count // length**2) * lengths**2
+        else:
+            found[column] = width * (count // length) * lengths
+    return found
+
+
+def _announce(
+    columns: Iterable[Column], kept: Sequence[Column], cache: Cache, total: int, console: Console
+) -> None:
+    alive = [column.name for column in columns if column not in kept]
+    console.print(
+        f"Teacher: {', '.join(column.name for column in kept) or 'nothing'} recorded "
+        f"({total / 1e6:,.1f} MB in {cache.folder})"
+        + (f"; {', '.join(alive)} computed live, for lack of teacher.max_bytes." if alive else "."),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,373 @@
+"""The recorded teacher: what is read is what was computed, whatever order, kill, damage or neighbour."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from rich.console import Console
+
+from stillroom.data.batching import make_batch, pad, sequential_batches
+from stillroom.data.tasks import Rows
+from stillroom.data.tokens import TokenisedRows
+from stillroom.encoder import Encoder, Needs
+from stillroom.errors import RunFailed, WrongInput
+from stillroom.recipe import TeacherSettings
+from stillroom.teacher.cache import Cache, Origin, key_of, keys_of
+from stillroom.teacher.choose import choose
+from stillroom.teacher.live import LiveTeacher
+from stillroom.teacher.recorded import RecordedTeacher, columns_of, needs_of, record
+from stillroom.training.loop import train
+from test_conformance import TABLE, Row, job_of
+from tiny import make_encoder, make_rows, make_task, make_tokenizer, make_tokens
+
+QUIET = Console(quiet=True)
+EVERYTHING = Needs(
+    logits=True,
+    hidden_states=frozenset({0, 2, 4}),
+    embeddings=True,
+    attention_scores=frozenset({1}),
+    queries=frozenset({2}),
+    keys=frozenset({2}),
+    values=frozenset({3}),
+)
+STATES = Needs(logits=True, hidden_states=frozenset({2, 4}))
+ROWS = make_rows(make_task(), 48)
+
+
+def make_live(*, bf16: bool = False, seed: int = 1, family: str = "bert") -> LiveTeacher:
+    teacher = make_encoder(family, layers=4, width=24, seed=seed)
+    return LiveTeacher(teacher, device=torch.device("cpu"), bf16=bf16)
+
+
+def cache_of(folder: Path, live: LiveTeacher, max_length: int = 32) -> Cache:
+    return Cache(folder, Origin.of(live.encoder, max_length=max_length, bf16=live.bf16))
+
+
+def recorded_in(
+    folder: Path,
+    live: LiveTeacher | None = None,
+    needs: Needs = STATES,
+    tokens: TokenisedRows | None = None,
+    **given: Any,
+) -> RecordedTeacher:
+    live = live or make_live()
+    tokens = tokens or make_tokens(ROWS, live.encoder)
+    options = {"max_bytes": 10**9, "console": QUIET, "shard_bytes": 5000, **given}
+    return record(live, cache_of(folder, live), tokens, needs, **options)
+
+
+def assert_same(found: Any, want: Any, mask: torch.Tensor, needs: Needs, **tolerance: float) -> None:
+    """Compare every tensor on real tokens."""
+    for column in columns_of(needs):
+        ours, theirs = column.of(found), column.of(want)
+        assert ours.shape == theirs.shape and ours.dtype == torch.float32, column.name
+        if column.field == "logits":
+            real = torch.ones_like(ours, dtype=torch.bool)
+        elif column.field == "attention_scores":
+            real = (mask[:, None, :, None] * mask[:, None, None, :]).bool().expand_as(ours)
+        elif column.field in ("queries", "keys", "values"):
+            real = mask[:, None, :, None].bool().expand_as(ours)
+        else:
+            real = mask[:, :, None].bool().expand_as(ours)
+        torch.testing.assert_close(ours[real], theirs[real].float(), **tolerance)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_every_output_is_read_as_the_teacher_gives_it(tmp_path: Path, family: str) -> None:
+    needs = replace(EVERYTHING, embeddings=family == "bert")
+    live = make_live(family=family)
+    teacher = recorded_in(tmp_path / "t", live, needs)
+    tokens = make_tokens(ROWS, live.encoder)
+    # Batches of mixed lengths, unlike those of the recording.
+    for index in np.array_split(np.random.default_rng(0).permutation(len(ROWS)), 7):
+        batch = make_batch(index, ROWS, tokens)
+        assert_same(
+            teacher(batch, needs),
+            live(batch, needs),
+            batch.teacher.attention_mask,
+            needs,
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+def test_what_is_read_is_what_the_recording_computed_bit_for_bit(tmp_path: Path) -> None:
+    live = make_live()
+    tokens = make_tokens(ROWS, live.encoder)
+    teacher = recorded_in(tmp_path / "t", live, EVERYTHING)
+    order = np.asarray(sorted(range(len(ROWS)), key=keys_of(tokens).__getitem__))
+    for rows in sequential_batches(tokens.lengths[order]):
+        batch = make_batch(order[rows], ROWS, tokens)
+        mask = batch.teacher.attention_mask
+        assert_same(teacher(batch, EVERYTHING), live(batch, EVERYTHING), mask, EVERYTHING, rtol=0, atol=0)
+
+
+def test_bf16_is_kept_in_half_the_bytes_and_logits_are_exact(tmp_path: Path) -> None:
+    live = make_live(bf16=True)
+    teacher = recorded_in(tmp_path / "bf16", live)
+    batch = make_batch(np.arange(48), ROWS, make_tokens(ROWS, live.encoder))
+    found, want, mask = teacher(batch, STATES), live(batch, STATES), batch.teacher.attention_mask.bool()
+    for layer in (2, 4):
+        rounded = want.hidden_states[layer].bfloat16().float()
+        # The last bit of bf16 is 2**-8 of the value.
+        torch.testing.assert_close(found.hidden_states[layer][mask], rounded[mask], rtol=2**-7, atol=2**-8)
+    torch.testing.assert_close(found.logits, want.logits, rtol=2**-7, atol=2**-8)
+    whole = recorded_in(tmp_path / "float32")
+    assert teacher.served()["bytes"] < 0.7 * whole.served()["bytes"]
+
+
+def test_padding_reads_as_zero_and_as_the_least_score(tmp_path: Path) -> None:
+    teacher = recorded_in(tmp_path / "t", None, EVERYTHING)
+    tokens = make_tokens(ROWS, make_live().encoder)
+    batch = make_batch(np.arange(8), ROWS, tokens)
+    found, padding = teacher(batch, EVERYTHING), batch.teacher.attention_mask == 0
+    assert padding.any()
+    assert (found.hidden_states[2][padding] == 0).all()
+    hidden_keys = found.attention_scores[1].permute(0, 3, 1, 2)[padding]
+    assert (hidden_keys == torch.finfo(torch.float32).min).all()
+
+
+def test_rows_are_found_by_what_they_hold(tmp_path: Path) -> None:
+    """Another order, or rows twice, as in another seed, subset or data set with the same sentences."""
+    live = make_live()
+    recorded_in(tmp_path / "t", live)
+    order = np.random.default_rng(1).permutation(48)
+    twice = np.concatenate([order, order[:10]])
+    shuffled = Rows("r", tuple([column[i] for i in twice] for column in ROWS.texts), ROWS.labels[twice])
+    tokens = make_tokens(shuffled, live.encoder)
+    before = cache_of(tmp_path / "t", live).shards()
+    teacher = recorded_in(tmp_path / "t", live, tokens=tokens)
+    assert cache_of(tmp_path / "t", live).shards() == before
+    batch = make_batch(np.arange(40, 58), shuffled, tokens)
+    mask = batch.teacher.attention_mask
+    assert_same(teacher(batch, STATES), live(batch, STATES), mask, STATES, rtol=1e-5, atol=1e-5)
+
+
+def test_a_key_is_of_ids_and_types() -> None:
+    ids = np.array([2, 5, 3], dtype=np.int64)
+    assert key_of(ids, None) == key_of(ids.astype(np.int32), None)
+    keys = {key_of(ids, None), key_of(ids[:2], None), key_of(ids, np.zeros(3)), key_of(ids, np.ones(3))}
+    assert len(keys) == 4
+
+
+def test_what_is_recorded_is_not_computed_again(tmp_path: Path) -> None:
+    live = make_live()
+    teacher = recorded_in(tmp_path / "t", live)
+    live.module.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
+    batch = make_batch(np.arange(8), ROWS, make_tokens(ROWS, live.encoder))
+    assert teacher(batch, Needs(logits=True)).hidden_states == {}
+    assert set(teacher(batch, STATES).hidden_states) == {2, 4}
+    assert teacher(batch, Needs()).logits.numel() == 0
+
+
+def test_more_needs_add_only_what_is_missing(tmp_path: Path) -> None:
+    live = make_live()
+    recorded_in(tmp_path / "t", live, Needs(logits=True))
+    first = set(cache_of(tmp_path / "t", live).shards())
+    teacher = recorded_in(tmp_path / "t", live, STATES)
+    assert first < set(cache_of(tmp_path / "t", live).shards())
+    want = recorded_in(tmp_path / "whole", live, STATES)
+    assert teacher.served()["bytes"] < 1.5 * want.served()["bytes"]
+    batch = make_batch(np.arange(48), ROWS, make_tokens(ROWS, live.encoder))
+    mask = batch.teacher.attention_mask
+    assert_same(teacher(batch, STATES), want(batch, STATES), mask, STATES, rtol=0, atol=0)
+
+
+def stop_after(function: Callable[..., Any], calls: int, error: BaseException) -> Callable[..., Any]:
+    left = [calls]
+
+    def stopper(*args: Any, **kwargs: Any) -> Any:
+        if left[0] == 0:
+            raise error
+        left[0] -= 1
+        return function(*args, **kwargs)
+
+    return stopper
+
+
+def test_a_recording_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = make_live()
+    want = recorded_in(tmp_path / "whole", live)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # Killed while the third shard is being written.
+        patch.setattr(pa.ipc, "new_file", stop_after(pa.ipc.new_file, 2, KeyboardInterrupt()))
+        recorded_in(tmp_path / "parts", live)
+    finished = {path: path.stat().st_ino for path in cache_of(tmp_path / "parts", live).shards()}
+    assert len(finished) == 2 < len(cache_of(tmp_path / "whole", live).shards())
+    (tmp_path / "parts" / ".aside-x").mkdir()
+    teacher = recorded_in(tmp_path / "parts", live)
+    assert not (tmp_path / "parts" / ".aside-x").exists()
+    assert all(path.stat().st_ino == inode for path, inode in finished.items())
+    batch = make_batch(np.arange(48), ROWS, make_tokens(ROWS, live.encoder))
+    mask = batch.teacher.attention_mask
+    assert_same(teacher(batch, STATES), want(batch, STATES), mask, STATES, rtol=0, atol=0)
+
+
+def test_a_full_disk_fails_the_run_and_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match="full"):
+        patch.setattr(pa.ipc, "new_file", stop_after(pa.ipc.new_file, 1, full))
+        recorded_in(tmp_path / "t")
+    assert len(cache_of(tmp_path / "t", make_live()).shards()) == 1
+    recorded_in(tmp_path / "t")
+
+
+def test_a_damaged_shard_is_found_and_recorded_again(tmp_path: Path) -> None:
+    live = make_live()
+    recorded_in(tmp_path / "t", live)
+    shard = cache_of(tmp_path / "t", live).shards()[1] / "rows.arrow"
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    said = io.StringIO()
+    teacher = recorded_in(tmp_path / "t", live, console=Console(file=said, width=1000))
+    assert "is damaged" in said.getvalue() and "recorded again" in said.getvalue()
+    batch = make_batch(np.arange(48), ROWS, make_tokens(ROWS, live.encoder))
+    mask = batch.teacher.attention_mask
+    assert_same(teacher(batch, STATES), live(batch, STATES), mask, STATES, rtol=1e-5, atol=1e-5)
+
+
+def other_tokenizer(live: LiveTeacher) -> LiveTeacher:
+    encoder = Encoder(live.encoder.model, make_tokenizer(extra_words=("more",)))
+    return LiveTeacher(encoder, device=torch.device("cpu"), bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("teacher", lambda: make_live(seed=2)),
+        ("tokenizer", lambda: other_tokenizer(make_live())),
+        ("precision", lambda: make_live(bf16=True)),
+    ],
+)
+def test_the_cache_of_another_teacher_is_refused(
+    tmp_path: Path, field: str, other: Callable[[], LiveTeacher]
+) -> None:
+    recorded_in(tmp_path / "t")
+    mine = Origin.of(make_live().encoder, max_length=32, bf16=False)
+    theirs = Origin.of(other().encoder, max_length=32, bf16=other().bf16)
+    with pytest.raises(WrongInput) as error:
+        recorded_in(tmp_path / "t", other())
+    assert f"{field} {getattr(mine, field)}, not {getattr(theirs, field)}" in str(error.value)
+    assert mine.folder != theirs.folder
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t/thesis.txt").write_text("years of work")
+    with pytest.raises(WrongInput, match="new or empty"):
+        recorded_in(tmp_path / "t")
+
+
+def test_a_row_that_was_not_recorded_is_refused(tmp_path: Path) -> None:
+    teacher = recorded_in(tmp_path / "t")
+    other = make_rows(make_task(), 8, seed=9)
+    batch = make_batch(np.arange(8), other, make_tokens(other, make_live().encoder))
+    with pytest.raises(WrongInput, match=r"not in the cache .*tokenizer"):
+        teacher(batch, STATES)
+
+
+def test_what_does_not_fit_is_computed_live_and_said(tmp_path: Path) -> None:
+    live = make_live()
+    whole = recorded_in(tmp_path / "whole", live).served()["bytes"]
+    said = io.StringIO()
+    most = int(0.6 * whole)
+    teacher = recorded_in(tmp_path / "less", live, max_bytes=most, console=Console(file=said, width=1000))
+    assert [column.name for column in columns_of(needs_of(teacher.kept))] == ["logits", "hidden_states.2"]
+    assert "hidden_states.4 computed live" in said.getvalue() and "MB" in said.getvalue()
+    # Keys and offsets of rows come on top: 32 bytes each, and Arrow's frame for each shard.
+    assert teacher.served()["bytes"] <= most + 2000 * len(cache_of(tmp_path / "less", live).shards())
+    batch = make_batch(np.arange(48), ROWS, make_tokens(ROWS, live.encoder))
+    mask = batch.teacher.attention_mask
+    assert_same(teacher(batch, STATES), live(batch, STATES), mask, STATES, rtol=1e-5, atol=1e-5)
+    nothing = recorded_in(tmp_path / "none", live, max_bytes=0)
+    assert not nothing.kept
+    assert_same(nothing(batch, STATES), live(batch, STATES), mask, STATES, rtol=0, atol=0)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_recorded import recorded_in
+recorded_in(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_record_one_cache(tmp_path: Path) -> None:
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {folders!r}\n{SCRIPT}"
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "c")]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    live = make_live()
+    recorded_in(tmp_path / "alone", live)
+    names = [[p.name for p in cache_of(tmp_path / at, live).shards()] for at in ("c", "alone")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_the_student_of_a_recording_is_the_student_of_the_model(tmp_path: Path, row: Row) -> None:
+    if row.method == "none":
+        pytest.skip("learns from no teacher")
+    given: dict[str, Any] = {"count": 24, "epochs": 2, "checkpoint_every": 1000}
+    job = job_of(tmp_path / "live", row, **given)
+    train(job, QUIET)
+    again = job_of(tmp_path / "recorded", row, **given)
+    assert isinstance(again.teacher, LiveTeacher)
+    needs = Needs()
+    for stage in again.plan.stages:
+        needs = needs | again.plan.teacher_needs(stage)
+    cache = cache_of(tmp_path / "recording", again.teacher)
+    teacher = record(again.teacher, cache, again.teacher_tokens, needs, max_bytes=10**9, console=QUIET)
+    again.teacher.module.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
+    train(replace(again, teacher=teacher), QUIET)
+    want = job.student.model.state_dict()
+    for name, value in again.student.model.state_dict().items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_auto_records_what_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "kept"))
+    live = make_live()
+    tokens = make_tokens(ROWS, live.encoder)
+
+    def chosen(cache: str, needs: Needs = STATES, *, repeated: bool = True) -> str:
+        settings = TeacherSettings(name="t", cache=cache)
+        found = choose(settings, live, tokens, needs, max_length=32, repeated=repeated, console=QUIET)
+        return type(found).__name__
+
+    assert chosen("auto", repeated=False) == "LiveTeacher"
+    assert chosen("off") == "LiveTeacher"
+    assert chosen("auto", Needs()) == "LiveTeacher"
+    assert not (tmp_path / "kept/teacher").exists()
+    assert chosen("auto") == "RecordedTeacher"
+    assert len(list((tmp_path / "kept/teacher").iterdir())) == 1
+    assert chosen(str(tmp_path / "mine"), repeated=False) == "RecordedTeacher"
+    assert (tmp_path / "mine/origin.json").exists()
+
+
+def test_needs_there_and_back() -> None:
+    assert needs_of(columns_of(EVERYTHING)) == EVERYTHING
+    # A field that is not known here would be silently not recorded and not computed.
+    assert {column.field for column in columns_of(EVERYTHING)} >= set(Needs.__dataclass_fields__) - {
+        "pooled_states"
+    }
+
+
+def test_padding_of_a_batch_is_not_part_of_a_row() -> None:
+    tokens = make_tokens(ROWS, make_live().encoder)
+    inputs = pad(tokens, np.arange(4))
+    length = int(inputs.attention_mask[0].sum())
+    assert inputs.token_type_ids is not None
+    found = key_of(inputs.input_ids[0, :length].numpy(), inputs.token_type_ids[0, :length].numpy())
+    assert found == keys_of(tokens)[0]
