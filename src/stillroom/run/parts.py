@@ -15,13 +15,14 @@ from stillroom import encoder, generator, methods, preflight, provenance, studen
 from stillroom.data import sources
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import TokenisedRows, Tokens, fingerprint, tokenise
-from stillroom.encoder import Encoder
+from stillroom.encoder import Encoder, Needs
 from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predict import predict
 from stillroom.generator import Generator
 from stillroom.methods.base import Context, Plan
 from stillroom.provenance import RECIPE, STUDENT, environment
 from stillroom.recipe import MethodSettings, Recipe
+from stillroom.teacher.choose import choose
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.loop import Job, Trained, train, use_bf16
 
@@ -102,12 +103,24 @@ class Parts:
     def train(self, recipe: Recipe, folder: Path, console: Console) -> Trained:
         """Train the student in `folder` and save it there."""
         live = LiveTeacher(self.teacher, device=Accelerator().device, bf16=self.bf16)
+        needs = Needs()
+        for stage in self.plan.stages:
+            needs = needs | self.plan.teacher_needs(stage)
+        teacher = choose(
+            recipe.teacher,
+            live,
+            self.tokens.teacher["train"],
+            needs,
+            max_length=recipe.dataset.max_length,
+            repeated=recipe.training.epochs > 1,
+            console=console,
+        )
         name = f"{recipe.method.name} ({folder.name})"
         evaluate = evaluator(self.dataset, self.tokens.student["validation"], self.bf16)
         job = Job(
             name,
             self.student,
-            live,
+            teacher,
             self.plan,
             self.dataset.splits["train"],
             self.tokens.student["train"],
@@ -121,7 +134,7 @@ class Parts:
         )
         trained = train(job, console, recipe.model_dump(mode="json"))
         self.student.save(folder / STUDENT)
-        return trained
+        return replace(trained, teacher=teacher.served())
 
     def start(self, recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> Recipe:
         """Write down what the run starts from, or with `resume` check that it still is that.
@@ -192,5 +205,6 @@ def training_figures(trained: Trained) -> dict[str, Any]:
         "examples_per_second": trained.examples / trained.seconds,
         "tokens_per_second": trained.tokens / trained.seconds,
         # Linux counts in KiB, macOS in bytes.
+        "teacher": trained.teacher,
         "peak_rss_bytes": peak if sys.platform == "darwin" else 1024 * peak,
     }

@@ -76,6 +76,8 @@ class Trained:
     tokens: int
     seconds: float
     best_step: int | None
+    teacher: dict[str, Any] | None = None
+    """What was recorded of the teacher, and what that took; None where nothing teaches."""
 
 
 class Schedule:
