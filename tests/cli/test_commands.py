@@ -24,6 +24,7 @@ TRAIN = {
     "examples_per_second",
     "tokens_per_second",
     "peak_rss_bytes",
+    "teacher",
 }
 
 

@@ -237,7 +237,7 @@ def _record(
     bf16 = cache.origin.precision == "bf16"
     needs = needs_of(lacking)
     parts: dict[tuple[Column, ...], _Part] = {}
-    with torch.inference_mode(), Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task("Recording the teacher", total=len(index))
         for batch in sequential_batches(tokens.lengths[index]):
             bar.advance(task, len(batch))
