@@ -204,7 +204,7 @@ def training_figures(trained: Trained) -> dict[str, Any]:
         "tokens": trained.tokens,
         "examples_per_second": trained.examples / trained.seconds,
         "tokens_per_second": trained.tokens / trained.seconds,
-        # Linux counts in KiB, macOS in bytes.
         "teacher": trained.teacher,
+        # Linux counts in KiB, macOS in bytes.
         "peak_rss_bytes": peak if sys.platform == "darwin" else 1024 * peak,
     }

@@ -53,6 +53,11 @@ class Column:
         index = self.index if isinstance(self.index, tuple) else (self.index,)
         return ".".join([self.field, *(str(part) for part in index if part is not None)])
 
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether a row has one value, in whatever batch: a mean that counts padding has not."""
+        return not (isinstance(self.index, tuple) and self.index[0] == "unmasked_mean")
+
     def of(self, outputs: Outputs) -> Tensor:
         """Return the tensor."""
         found = getattr(outputs, self.field)
@@ -200,7 +205,7 @@ def record(
     keys = [all_keys[i] for i in index]
     with cache.writing(console):
         most = max_bytes if max_bytes is not None else default_budget(cache.folder)
-        sizes = _sizes(live, tokens, index, columns_of(needs))
+        sizes = _sizes(live, tokens, index, [c for c in columns_of(needs) if c.is_of_rows])
         kept: list[Column] = []
         lacking: dict[Column, set[bytes]] = {}
         total = cache.bytes
