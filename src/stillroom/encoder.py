@@ -63,6 +63,8 @@ class Needs:
     `embeddings` asks for the sum that leaves the embedding norm, before its dropout.
     `attention_scores`, `queries`, `keys` and `values` are blocks, from 1.
     `pooled_states` are indices of hidden states, each with how it is pooled.
+    `padding` says that states and scores are read where the padding is too: they then belong to a
+    batch and not to its rows, and cannot be recorded.
     """
 
     logits: bool = False
@@ -73,6 +75,7 @@ class Needs:
     keys: frozenset[int] = frozenset()
     values: frozenset[int] = frozenset()
     pooled_states: frozenset[tuple[Pooling, int]] = frozenset()
+    padding: bool = False
 
     @property
     def states(self) -> frozenset[int]:
@@ -94,6 +97,7 @@ class Needs:
             self.keys | other.keys,
             self.values | other.values,
             self.pooled_states | other.pooled_states,
+            self.padding or other.padding,
         )
 
 

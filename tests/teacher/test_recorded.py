@@ -336,7 +336,7 @@ def test_the_student_of_a_recording_is_the_student_of_the_model(tmp_path: Path, 
     cache = cache_of(tmp_path / "recording", again.teacher)
     teacher = record(again.teacher, cache, again.teacher_tokens, needs, max_bytes=10**9, console=QUIET)
     if again.plan.augmentation is None and teacher.kept == set(columns_of(needs)):
-        # Rows that are augmented are recorded nowhere, nor are means that count padding.
+        # Rows that are augmented are recorded nowhere, nor is what counts padding.
         again.teacher.module.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
     train(replace(again, teacher=teacher), QUIET)
     want = job.student.model.state_dict()
@@ -367,9 +367,18 @@ def test_auto_records_what_is_read_again(tmp_path: Path, monkeypatch: pytest.Mon
 def test_needs_there_and_back() -> None:
     assert needs_of(columns_of(EVERYTHING)) == EVERYTHING
     # A field that is not known here would be silently not recorded and not computed.
-    assert {column.field for column in columns_of(EVERYTHING)} >= set(Needs.__dataclass_fields__) - {
-        "pooled_states"
+    # `padding` names no output of its own.
+    assert {column.field for column in columns_of(EVERYTHING)} == {*Needs.__dataclass_fields__} - {
+        "padding"
     }
+
+
+def test_what_counts_padding_is_computed_live(tmp_path: Path) -> None:
+    said = io.StringIO()
+    needs = STATES | Needs(padding=True)
+    teacher = recorded_in(tmp_path / "t", make_live(), needs, console=Console(file=said, width=1000))
+    assert {column.name for column in teacher.kept} == {"logits"}
+    assert "hidden_states.2, hidden_states.4 computed live: padding counts in them" in said.getvalue()
 
 
 def test_padding_of_a_batch_is_not_part_of_a_row() -> None:

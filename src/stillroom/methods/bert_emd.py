@@ -81,7 +81,7 @@ class LayerTransport(Term):
         L, M = context.student_depth, context.teacher_depth
         self.theta, self.masked = settings.theta, settings.padding == "masked"
         self.student_needs = _every_layer(L)
-        self.teacher_needs = _every_layer(M)
+        self.teacher_needs = _every_layer(M) | Needs(padding=not self.masked)
         self.projection = nn.Linear(context.student_width, context.teacher_width)
         # Starts without turning or moving anything: identity where the widths agree.
         nn.init.zeros_(self.projection.bias)

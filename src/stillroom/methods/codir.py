@@ -158,7 +158,10 @@ class PooledContrast(Term):
         self.student_layers = tuple(range(1, context.student_depth + 1))
         self.teacher_layers = tuple(range(1, context.teacher_depth + 1, step))
         self.student_needs, self.teacher_needs = (
-            Needs(pooled_states=frozenset((settings.pooling, layer) for layer in layers))
+            Needs(
+                pooled_states=frozenset((settings.pooling, layer) for layer in layers),
+                padding=settings.pooling == "unmasked_mean",
+            )
             for layers in (self.student_layers, self.teacher_layers)
         )
         d = settings.dimension

@@ -53,11 +53,6 @@ class Column:
         index = self.index if isinstance(self.index, tuple) else (self.index,)
         return ".".join([self.field, *(str(part) for part in index if part is not None)])
 
-    @property
-    def is_of_rows(self) -> bool:
-        """Whether a row has one value, in whatever batch: a mean that counts padding has not."""
-        return not (isinstance(self.index, tuple) and self.index[0] == "unmasked_mean")
-
     def of(self, outputs: Outputs) -> Tensor:
         """Return the tensor."""
         found = getattr(outputs, self.field)
@@ -181,6 +176,8 @@ def record(
 ) -> RecordedTeacher:
     """Record what `needs` names for every row, as far as it fits, and return the teacher that reads it.
 
+    Where `needs` reads padding only logits are recorded: states there depend on the batch.
+
     Rows are computed in batches of one length, or nearly. A batch depends on the rows' content only,
     so a recording that was stopped goes on to the same bits.
 
@@ -205,7 +202,8 @@ def record(
     keys = [all_keys[i] for i in index]
     with cache.writing(console):
         most = max_bytes if max_bytes is not None else default_budget(cache.folder)
-        sizes = _sizes(live, tokens, index, [c for c in columns_of(needs) if c.is_of_rows])
+        columns = columns_of(Needs(logits=needs.logits) if needs.padding else needs)
+        sizes = _sizes(live, tokens, index, columns)
         kept: list[Column] = []
         lacking: dict[Column, set[bytes]] = {}
         total = cache.bytes
@@ -217,7 +215,7 @@ def record(
                 kept.append(column)
                 if missing:
                     lacking[column] = missing
-        _announce(sizes, kept, cache, total, console)
+        _announce(needs, kept, cache, total, console)
         if lacking:
             _record(live, cache, tokens, index, keys, lacking, shard_bytes, console)
             cache.reload()
@@ -364,14 +362,13 @@ def _sizes(
     return found
 
 
-def _announce(
-    columns: Iterable[Column], kept: Sequence[Column], cache: Cache, total: int, console: Console
-) -> None:
-    alive = [column.name for column in columns if column not in kept]
+def _announce(needs: Needs, kept: Sequence[Column], cache: Cache, total: int, console: Console) -> None:
+    alive = [column.name for column in columns_of(needs) if column not in kept]
+    reason = "padding counts in them" if needs.padding else "teacher.max_bytes allows no more"
     console.print(
         f"Teacher: {', '.join(column.name for column in kept) or 'nothing'} recorded "
         f"({total / 1e6:,.1f} MB in {cache.folder})"
-        + (f"; {', '.join(alive)} computed live, for lack of teacher.max_bytes." if alive else "."),
+        + (f"; {', '.join(alive)} computed live: {reason}." if alive else "."),
         markup=False,
         highlight=False,
         soft_wrap=True,
