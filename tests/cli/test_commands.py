@@ -266,7 +266,7 @@ def test_wrong_input_is_2_and_nothing_is_lost(
     wrong = run(
         "evaluate", workspace.teacher, "--dataset", workspace.data, "--set", "training.seed=1", code=2
     )
-    assert "only keys of dataset" in wrong.stderr
+    assert "Only keys of dataset" in wrong.stderr
 
 
 def test_a_run_that_fails_is_1(workspace: Workspace, tmp_path: Path) -> None:
