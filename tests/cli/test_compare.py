@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from workspace import FAST, Workspace
 
 from stillroom import Comparison, WrongInput, compare
 from stillroom.cli import app
+from stillroom.run.compare import _study as handing_out
 
 TIMES = {"seconds", "examples_per_second", "ms_per_example", "environment"}
 VARIANT = "lrc-bert:perturbation=off"
@@ -227,3 +230,28 @@ def test_short_forms_stand_for_long_ones() -> None:
         seeds=[0, 1],
     )
     assert short == long
+
+
+@pytest.mark.slow
+def test_no_run_is_handed_out_twice(tmp_path: Path) -> None:
+    """SQLite has no row locks: workers that look at the same moment would get the same run."""
+    study = handing_out(tmp_path, None)
+    for number in range(30):
+        study.enqueue_trial({}, user_attrs={"run": str(number)})
+    start, taken = threading.Barrier(4, timeout=30), []
+
+    def work() -> None:
+        mine = handing_out(tmp_path, None)
+
+        def take(trial: optuna.Trial) -> float:
+            taken.append(trial.user_attrs["run"])
+            return 0.0
+
+        for _ in range(7):
+            start.wait()
+            mine.optimize(take, n_trials=1)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for _ in range(4)]:
+            done.result()
+    assert len(taken) == 28 and sorted(set(taken)) == sorted(taken)

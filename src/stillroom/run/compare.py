@@ -29,6 +29,7 @@ import optuna
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from stillroom import durable, encoder, methods, preflight, provenance, student
@@ -323,10 +324,31 @@ def _study(folder: Path, url: str | None) -> optuna.Study:
                 grace_period=_GRACE,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             )
+        if place.startswith("sqlite"):
+            _take_turns(kept.engine)
         name = (folder / _STUDY).read_text(encoding="utf-8").strip()
         return optuna.create_study(storage=kept, study_name=name, load_if_exists=True)
     except (optuna.exceptions.OptunaError, SQLAlchemyError, ImportError, ValueError) as error:
         raise WrongInput(f"The storage {place} cannot be used: {error}") from None
+
+
+def _take_turns(engine: Engine) -> None:
+    """Let SQLite lock where a transaction begins, and not where it first writes.
+
+    It has no row locks: two workers that look at the same moment would take the same run.
+    """
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, _: Any) -> None:
+        # Or Python's sqlite3 would begin transactions itself, late.
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    # Connections that were made before know nothing of this.
+    engine.dispose()
 
 
 @contextlib.contextmanager
