@@ -38,6 +38,7 @@ from stillroom.teacher.live import LiveTeacher
 from stillroom.training import checkpoint
 from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller, Loss
+from stillroom.training.vocabulary import Vocabulary, trained_words, whole_table
 
 LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -160,6 +161,15 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
         RunFailed: If a loss or gradient is not finite, naming step, term and last good checkpoint,
             or if the disk is full.
     """
+    # A generator may write any word.
+    ids = None if job.plan.augmentation else job.student_tokens.ids
+    with trained_words(job.student, ids) as words:
+        return _train(job, words, console, tracker_config)
+
+
+def _train(
+    job: Job, words: Vocabulary | None, console: Console, tracker_config: dict[str, Any] | None
+) -> Trained:
     settings = job.settings
     accelerator = Accelerator(log_with=list(settings.log_with) or None, project_dir=str(job.folder))
     if settings.log_with:
@@ -210,6 +220,8 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = rate
                 optimizer.step()
+                if words is not None:
+                    words.after_step(rate * settings.weight_decay)
                 optimizer.zero_grad()
                 distiller.after_step(stage)
             progress.step = step + 1
@@ -228,7 +240,8 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
             if progress.step in schedule.evaluation_steps:
                 progress.seconds += time.perf_counter() - started
                 log.check()
-                metrics = job.evaluate(distiller.student)
+                with whole_table(distiller.student, words):
+                    metrics = job.evaluate(distiller.student)
                 distiller.train()
                 log.write_metrics(progress.step, schedule.epoch(progress.step), metrics)
                 if settings.select == "best":
