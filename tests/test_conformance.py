@@ -106,6 +106,10 @@ TABLE = [
     Row("angular-emd", {"mass_rule": "A1", "perturbation": "second", "beta": 0.0}),
     Row("angular-emd", {"mass_rule": "A2", "mass_temperature": 5.0, "gamma": 0.0, "floor": 1e-3}),
     Row("angular-emd", {"update_masses": False, "switch": 0.0, "perturbation": "off"}),
+    Row("pkd"),
+    Row("distilbert"),
+    Row("rail-kd", {"redraw": 1, "projection_size": 8}),
+    Row("rail-kd", {"form": "tkc002", "pooling": "unmasked_mean"}, padding_counts=True),
 ]
 FAMILY_ROWS = [
     Row("none"),

@@ -15,7 +15,8 @@ from torch import Tensor
 from stillroom.data.batching import Batch, Inputs
 from stillroom.encoder import Needs, Outputs
 from stillroom.methods.base import Context
-from stillroom.methods.bert_emd import BertEMDSettings, LayerTransport, build, visible
+from stillroom.methods.bert_emd import BertEMDSettings, LayerTransport, build
+from stillroom.ops.attention import visible
 from stillroom.ops.prediction import soft_cross_entropy
 from stillroom.ops.transport import (
     LayerMasses,

@@ -1,7 +1,19 @@
 """Every method by name. A new method is one file and one line here."""
 
 from stillroom.errors import WrongInput
-from stillroom.methods import angular_emd, bert_emd, cilda, codir, kd, lrc_bert, mate_kd, none
+from stillroom.methods import (
+    angular_emd,
+    bert_emd,
+    cilda,
+    codir,
+    distilbert,
+    kd,
+    lrc_bert,
+    mate_kd,
+    none,
+    pkd,
+    rail_kd,
+)
 from stillroom.methods.base import Context, Method, Plan
 from stillroom.recipe import MethodSettings, Recipe, Settings, nearest, validate
 
@@ -16,6 +28,9 @@ METHODS: dict[str, Method] = {
         angular_emd.METHOD,
         cilda.METHOD,
         mate_kd.METHOD,
+        pkd.METHOD,
+        distilbert.METHOD,
+        rail_kd.METHOD,
     )
 }
 

@@ -19,6 +19,7 @@ from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Perturbation, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels, SoftLabels
 from stillroom.ops.cos_nce import cos_nce_of_cosines, unit_tokens
+from stillroom.ops.projection import start_unturned
 from stillroom.ops.transport import LayerMasses, MassRule, MassUpdate
 from stillroom.recipe import Settings
 
@@ -92,11 +93,7 @@ class AngularTransport(Term):
         self.teacher_needs = Needs(hidden_states=frozenset(range(1, M + 1)))
         projection = torch.empty(L, context.student_width, context.teacher_width)
         for matrix in projection:
-            # Starts without turning anything: identity where the widths agree.
-            if context.student_width == context.teacher_width:
-                nn.init.eye_(matrix)
-            else:
-                nn.init.orthogonal_(matrix)
+            start_unturned(matrix)
         self.projection = nn.Parameter(projection)
         update = MassUpdate(settings.mass_rule, settings.mass_temperature, settings.floor, coupled=False)
         self.masses = LayerMasses(("hidden_states",), L, M, update if settings.update_masses else None)

@@ -19,7 +19,9 @@ from stillroom.data.tasks import Kind
 from stillroom.encoder import Needs, Outputs
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels
+from stillroom.ops.attention import visible
 from stillroom.ops.prediction import soft_cross_entropy
+from stillroom.ops.projection import start_unturned
 from stillroom.ops.transport import (
     LayerMasses,
     MassRule,
@@ -28,9 +30,6 @@ from stillroom.ops.transport import (
     transport_cost,
 )
 from stillroom.recipe import Settings
-
-_MASKED = -100.0
-"""Scores up to this are masked keys, in any dtype's way of masking."""
 
 
 class BertEMDSettings(Settings):
@@ -60,11 +59,6 @@ class BertEMDSettings(Settings):
     """Whether padding counts in the distances, as in the authors' code, or real tokens only."""
 
 
-def visible(scores: Tensor) -> Tensor:
-    """Return attention scores with 0 where a key is masked: ``c(x) = 0 if x <= -100 else x``."""
-    return scores.masked_fill(scores <= _MASKED, 0)
-
-
 class LayerTransport(Term):
     """``theta (sum F^A D^A + sum F^H D^H) + L_emb``, flows solved anew for each batch.
 
@@ -83,12 +77,8 @@ class LayerTransport(Term):
         self.student_needs = _every_layer(L)
         self.teacher_needs = _every_layer(M) | Needs(padding=not self.masked)
         self.projection = nn.Linear(context.student_width, context.teacher_width)
-        # Starts without turning or moving anything: identity where the widths agree.
         nn.init.zeros_(self.projection.bias)
-        if context.student_width == context.teacher_width:
-            nn.init.eye_(self.projection.weight)
-        else:
-            nn.init.orthogonal_(self.projection.weight)
+        start_unturned(self.projection.weight)
         update = MassUpdate(
             settings.mass_rule,
             settings.mass_temperature,

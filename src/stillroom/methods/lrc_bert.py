@@ -27,6 +27,7 @@ from stillroom.ops.cos_nce import (
     token_cosines,
 )
 from stillroom.ops.layer_map import LayerMap, resolve_layer_map
+from stillroom.ops.projection import start_unturned
 from stillroom.recipe import Settings
 
 
@@ -82,11 +83,7 @@ class CosNCE(Term):
         matrices = 1 if settings.projection == "shared" else len(layers)
         projection = torch.empty(matrices, context.student_width, context.teacher_width)
         for matrix in projection:
-            # Starts without turning anything: identity where the widths agree.
-            if context.student_width == context.teacher_width:
-                nn.init.eye_(matrix)
-            else:
-                nn.init.orthogonal_(matrix)
+            start_unturned(matrix)
         self.projection = nn.Parameter(projection)
         if settings.negatives == "bank":
             bank = torch.zeros(context.rows, len(layers), context.teacher_width)
