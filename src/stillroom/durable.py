@@ -124,6 +124,14 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def existing(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that is there: whose disk it will be on."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process was writing aside in `folder`."""
     for leftover in folder.glob(f"{_ASIDE}*"):

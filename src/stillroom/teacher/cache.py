@@ -3,10 +3,12 @@
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,9 @@ from stillroom.errors import WrongInput
 
 ORIGIN = "origin.json"
 """Name of the file that says what a cache was made of."""
+
+_CHECKED = "checked.json"
+"""Which shards were found sound, with size and times of the file then."""
 
 _SHARD, _ROWS, _KEY = "shard-", "rows.arrow", "row"
 _VERSION = 1
@@ -102,22 +107,78 @@ class _Shard:
     columns: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where a column holds some rows: row i is `values[shard[i]][start[i] : stop[i]]`."""
+
+    values: list[np.ndarray]
+    shard: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def take(self, index: np.ndarray) -> list[np.ndarray]:
+        """Return the flat values of the rows at `index`, float32 or the bits of bf16, without a copy."""
+        places = zip(
+            self.shard[index].tolist(), self.start[index].tolist(), self.stop[index].tolist(), strict=True
+        )
+        return [self.values[shard][start:stop] for shard, start, stop in places]
+
+
 class Cache:
     """The recorded outputs of one teacher: columns of rows, every row under the key of its content.
 
     float32 is stored as it is, bf16 as its bits in int16 (Arrow has no bf16), with the dtype in the
-    column's metadata. Open it inside `writing`, which waits for another process that records.
+    column's metadata. `open` it to read, which waits for nobody; what is written needs `writing`.
 
     Args:
         folder: Where it is, or is to be.
         origin: What its outputs must have been computed with.
+        name: What people call the teacher, for `stillroom cache list`.
     """
 
-    def __init__(self, folder: Path, origin: Origin):
+    def __init__(self, folder: Path, origin: Origin, *, name: str = ""):
         self.folder, self.origin = folder, origin
+        self._name = name
         self._shards: list[_Shard] = []
         self._numbers: dict[bytes, int] = {}
         self._places: dict[str, np.ndarray] = {}
+
+    def open(self, *, check: bool = True) -> dict[Path, str]:
+        """See the finished shards. A shard's sum is made once, and again when its file has changed.
+
+        Args:
+            check: Make the sums that are missing, and note that the cache was used.
+
+        Returns:
+            What is wrong with each shard that is damaged; its rows count as not recorded.
+
+        Raises:
+            WrongInput: If the cache is of another teacher, tokenizer, length or precision.
+        """
+        if (self.folder / ORIGIN).exists():
+            self._require_origin()
+        shards, wrong, sound = [], {}, {}
+        known = self._checked()
+        for shard in self.shards():
+            try:
+                stamp = _stamp(shard)
+                error = durable.damage(shard) if check and known.get(shard.name) != stamp else None
+                if error is None:
+                    shards.append(_read(shard / _ROWS))
+                    sound[shard.name] = stamp
+            except (OSError, pa.ArrowInvalid) as problem:
+                # Another process may have removed it meanwhile.
+                error = f"{type(problem).__name__}: {problem}"
+            if error is not None:
+                wrong[shard] = error
+        if check and (self.folder / ORIGIN).exists():
+            # Others may own the folder: then the next one that opens it makes the sums again.
+            with contextlib.suppress(PermissionError):
+                if sound != known:
+                    durable.write_json(self.folder / _CHECKED, sound)
+                os.utime(self.folder / ORIGIN)
+        self._index(shards)
+        return wrong
 
     @contextlib.contextmanager
     def writing(self, console: Console) -> Iterator[None]:
@@ -136,8 +197,18 @@ class Cache:
             lock.acquire()
         try:
             durable.remove_leftovers(self.folder)
-            self._check_origin()
-            self._open(console)
+            if not (self.folder / ORIGIN).exists():
+                durable.require_empty(
+                    self.folder, "It is no cache of a teacher: set another teacher.cache."
+                )
+                durable.write_json(self.folder / ORIGIN, {**asdict(self.origin), "name": self._name})
+            for shard, wrong in self.open().items():
+                console.print(
+                    f"Warning: the shard {shard} of the cache is damaged ({wrong}); recorded again.",
+                    style="yellow",
+                    markup=False,
+                )
+                shutil.rmtree(shard)
             yield
         finally:
             lock.release()
@@ -150,25 +221,37 @@ class Cache:
         numbers = (self._numbers.get(key) for key in keys)
         return [k for k, n in zip(keys, numbers, strict=True) if n is None or places[n] < 0]
 
-    def read(self, column: str, keys: Sequence[bytes]) -> list[np.ndarray]:
-        """Return each row's flat values, float32 or the bits of bf16, without a copy.
+    def locate(self, column: str, keys: Sequence[bytes]) -> Located:
+        """Return where the column holds the rows, to be read without their keys.
 
         Raises:
             KeyError: If a row is not there.
         """
-        places = self._places[column]
-        found = []
-        for key in keys:
-            place = int(places[self._numbers[key]])
-            if place < 0:
-                raise KeyError(key)
-            values, offsets = self._shards[place >> 32].columns[column]
-            row = place & 0xFFFFFFFF
-            found.append(values[offsets[row] : offsets[row + 1]])
-        return found
+        places = self._places[column][[self._numbers[key] for key in keys]]
+        if (places < 0).any():
+            raise KeyError(keys[int(np.argmin(places))])
+        shard, row = places >> 32, places & 0xFFFFFFFF
+        start, stop = np.empty_like(row), np.empty_like(row)
+        held = [found.columns.get(column) for found in self._shards]
+        for number in np.unique(shard):
+            _, offsets = self._shards[number].columns[column]
+            here = shard == number
+            start[here], stop[here] = offsets[row[here]], offsets[row[here] + 1]
+        nothing = np.empty(0)
+        return Located([nothing if pair is None else pair[0] for pair in held], shard, start, stop)
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """How many rows each column holds."""
+        return {name: int((places >= 0).sum()) for name, places in sorted(self._places.items())}
+
+    @property
+    def rows(self) -> int:
+        """How many rows it holds anything of."""
+        return len(self._numbers)
 
     def write(self, keys: Sequence[bytes], columns: Mapping[str, Sequence[np.ndarray]]) -> None:
-        """Append a shard, whole or not at all. Its rows are seen after the next `writing`.
+        """Append a shard, whole or not at all. Its rows are seen after the next `open`.
 
         Args:
             keys: The rows.
@@ -194,11 +277,6 @@ class Cache:
         ):
             writer.write_batch(pa.record_batch(arrays, schema=schema))
 
-    def damage(self) -> dict[Path, str]:
-        """Return what is wrong with each shard that is not sound."""
-        found = {shard: durable.damage(shard) for shard in self.shards()}
-        return {shard: wrong for shard, wrong in found.items() if wrong is not None}
-
     def shards(self) -> list[Path]:
         """Return the folders of the finished shards."""
         return sorted(self.folder.glob(f"{_SHARD}*"))
@@ -208,31 +286,22 @@ class Cache:
         """What all shards take on the disk."""
         return sum((shard / _ROWS).stat().st_size for shard in self.shards())
 
-    def reload(self) -> None:
-        """See the shards that this process wrote since it opened the cache."""
-        self._shards = [_read(shard / _ROWS) for shard in self.shards()]
+    def _index(self, shards: list[_Shard]) -> None:
         numbers: dict[bytes, int] = {}
-        at = [[numbers.setdefault(key, len(numbers)) for key in shard.keys] for shard in self._shards]
-        self._numbers, self._places = numbers, {}
-        for number, (shard, rows) in enumerate(zip(self._shards, at, strict=True)):
+        at = [[numbers.setdefault(key, len(numbers)) for key in shard.keys] for shard in shards]
+        self._shards, self._numbers, self._places = shards, numbers, {}
+        for number, (shard, rows) in enumerate(zip(shards, at, strict=True)):
             for column in shard.columns:
                 places = self._places.setdefault(column, np.full(len(numbers), -1, dtype=np.int64))
                 places[rows] = (number << 32) + np.arange(len(rows))
 
-    def _open(self, console: Console) -> None:
-        for shard, wrong in self.damage().items():
-            console.print(
-                f"Warning: the shard {shard} of the teacher's cache is damaged ({wrong}); recorded again.",
-                style="yellow",
-                markup=False,
-            )
-            shutil.rmtree(shard)
-        self.reload()
+    def _checked(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / _CHECKED).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
-    def _check_origin(self) -> None:
-        if not (self.folder / ORIGIN).exists():
-            durable.require_empty(self.folder, "It is no cache of a teacher: set another teacher.cache.")
-            durable.write_json(self.folder / ORIGIN, asdict(self.origin))
+    def _require_origin(self) -> None:
         found, wanted = asdict(read_origin(self.folder)), asdict(self.origin)
         other = [name for name in wanted if found[name] != wanted[name]]
         if other:
@@ -243,6 +312,12 @@ class Cache:
                 f"The cache {self.folder} is of another teacher than this run's: it has {told}. Set "
                 "teacher.cache to another folder, or to auto, which keeps them apart."
             )
+
+
+def _stamp(shard: Path) -> list[int]:
+    """Return what changes when a shard's file does. Only the change time is new in a copy."""
+    found = (shard / _ROWS).stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _read(path: Path) -> _Shard:

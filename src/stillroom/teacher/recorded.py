@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from stillroom import durable
 from stillroom.data.batching import Batch, Inputs, pad, sequential_batches
 from stillroom.data.tokens import TokenisedRows
 from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
-from stillroom.teacher.cache import Cache, key_of, keys_of
+from stillroom.teacher.cache import Cache, keys_of
 from stillroom.teacher.live import LiveTeacher
 
 MAX_BYTES = 20 * 10**9
@@ -97,17 +98,29 @@ class RecordedTeacher:
     processor the two teachers agree to float32 rounding (1e-5 of the values' size), exactly where the
     kernels round every row alike. Positions of padding are 0, in attention scores the least number.
 
-    A row is found by its tokens, so order and repetition of rows do not matter.
+    Rows are found by their tokens, once for the whole split: a step looks them up by `row_ids`, and
+    compares the tokens, so that a batch of other rows is refused.
 
     Args:
         live: The teacher.
         cache: Its opened cache.
+        tokens: The split that batches are made of, as the teacher tokenises it.
+        keys: The keys of its rows.
         kept: What the cache holds of every row.
         seconds: What recording took.
     """
 
-    def __init__(self, live: LiveTeacher, cache: Cache, kept: Sequence[Column], seconds: float = 0.0):
-        self._live, self._cache = live, cache
+    def __init__(
+        self,
+        live: LiveTeacher,
+        cache: Cache,
+        tokens: TokenisedRows,
+        keys: Sequence[bytes],
+        kept: Sequence[Column],
+        seconds: float = 0.0,
+    ):
+        self._live, self._cache, self._tokens = live, cache, tokens
+        self._located = {column: cache.locate(column.name, keys) for column in kept}
         self.kept = frozenset(kept)
         self.seconds = seconds
 
@@ -120,40 +133,50 @@ class RecordedTeacher:
         """Return what `needs` names for the batch's rows, detached, in float32.
 
         Where nothing is left to compute the model is not run; it may be called from any thread. A batch
-        on a GPU costs one copy of its token ids to the host.
+        on a GPU costs one copy of its row and token ids to the host.
 
         Raises:
-            WrongInput: If a row was not recorded.
+            WrongInput: If a row is not of the split that was recorded.
         """
         columns = columns_of(needs)
         recorded = [column for column in columns if column in self.kept]
         outputs = self._live(batch, needs_of(column for column in columns if column not in self.kept))
         if not recorded:
             return outputs
-        inputs = batch.teacher
-        rows_of = _rows(inputs)
-        keys = [key_of(ids, types) for ids, types in rows_of]
-        lengths = [len(ids) for ids, _ in rows_of]
+        inputs, rows = batch.teacher, batch.row_ids.cpu().numpy()
+        self._require_recorded(inputs, rows)
+        lengths = self._tokens.lengths[rows].tolist()
         width, device = inputs.input_ids.shape[1], inputs.input_ids.device
         found: dict[str, Any] = {
             name: getattr(outputs, name) for name in _ORDER if getattr(outputs, name, None) is not None
         }
         for column in recorded:
-            try:
-                rows = self._cache.read(column.name, keys)
-            except KeyError:
-                raise WrongInput(
-                    f"A row of the batch is not in the cache {self._cache.folder}, which holds rows of the "
-                    f"teacher {self._cache.origin.teacher[:12]} as the tokenizer "
-                    f"{self._cache.origin.tokenizer[:12]} cuts them. Record the rows first."
-                ) from None
-            tensor = _padded(column, rows, lengths, width, self._live.encoder.heads)
+            values = self._located[column].take(rows)
+            tensor = _padded(column, values, lengths, width, self._live.encoder.heads)
             tensor = tensor.to(device, non_blocking=True).float()
             if column.index is None:
                 found[column.field] = tensor
             else:
                 found[column.field] = {**found[column.field], column.index: tensor}
         return Outputs(**found)
+
+    def _require_recorded(self, inputs: Inputs, rows: np.ndarray) -> None:
+        """Raise `WrongInput` unless the batch's tokens are those of its row ids."""
+        tokens, ids = self._tokens, inputs.input_ids.cpu().numpy()
+        if rows.max(initial=0) < len(tokens):
+            lengths = tokens.lengths[rows]
+            at = np.arange(ids.shape[1])
+            real = at < lengths[:, None]
+            expected = tokens.ids[(tokens.offsets[rows][:, None] + at)[real]]
+            # The sum, as a row may be longer than the one that it is taken for.
+            same = lengths.sum() == int(inputs.attention_mask.sum()) and lengths.max() <= ids.shape[1]
+            if same and np.array_equal(ids[real], expected):
+                return
+        raise WrongInput(
+            f"A row of the batch is not in the cache {self._cache.folder} under its number: "
+            f"that holds rows of the teacher {self._cache.origin.teacher[:12]} as the tokenizer "
+            f"{self._cache.origin.tokenizer[:12]} cuts them. Record the batch's split first."
+        )
 
     def served(self) -> dict[str, Any]:
         """Return what was read, as `metrics.json` shows it."""
@@ -195,48 +218,96 @@ def record(
         RunFailed: If the disk is full. What is finished is kept.
     """
     started = time.perf_counter()
-    all_keys = keys_of(tokens)
-    position = {key: i for i, key in reversed(list(enumerate(all_keys)))}
+    keys = keys_of(tokens)
+    cache.open()
+    plan = planned(live, cache, tokens, keys, needs, max_bytes=max_bytes)
+    if plan.lacking:
+        with cache.writing(console):
+            # Another process may have recorded it meanwhile.
+            plan = planned(live, cache, tokens, keys, needs, max_bytes=max_bytes)
+            _announce(plan, cache, console)
+            _record(live, cache, tokens, plan, shard_bytes, console)
+            cache.open()
+    else:
+        _announce(plan, cache, console)
+    return RecordedTeacher(live, cache, tokens, keys, plan.kept, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a cache will hold of rows, and what of that is still to be recorded."""
+
+    rows: dict[bytes, int]
+    """A position of each row, by key and in the order of keys."""
+    kept: list[Column]
+    alive: list[Column]
+    """What is computed live."""
+    reason: str
+    """Why it is."""
+    lacking: dict[Column, set[bytes]]
+    """Which rows of which columns are not recorded yet."""
+    more: int
+    """Bytes that are to be written."""
+    total: int
+    """Bytes of the cache after that."""
+
+
+def planned(
+    live: LiveTeacher,
+    cache: Cache,
+    tokens: TokenisedRows,
+    keys: Sequence[bytes],
+    needs: Needs,
+    *,
+    max_bytes: int | None,
+) -> Recording:
+    """Return what `record` will do with an opened cache. Nothing is written.
+
+    Args:
+        live: The teacher. It is run on one row, for the shapes.
+        cache: Opened.
+        tokens: The rows, as the teacher tokenises them.
+        keys: Their keys.
+        needs: What the terms of all stages read.
+        max_bytes: As for `record`.
+    """
+    position = {key: i for i, key in reversed(list(enumerate(keys)))}
     # By content, not by position: shuffled rows are recorded in the same batches.
-    index = np.asarray([position[key] for key in sorted(position)])
-    keys = [all_keys[i] for i in index]
-    with cache.writing(console):
-        most = max_bytes if max_bytes is not None else default_budget(cache.folder)
-        columns = columns_of(Needs(logits=needs.logits) if needs.padding else needs)
-        sizes = _sizes(live, tokens, index, columns)
-        kept: list[Column] = []
-        lacking: dict[Column, set[bytes]] = {}
-        total = cache.bytes
-        for column, size in sizes.items():
-            missing = set(cache.missing(column.name, keys))
-            more = int(sum(size[i] for i, key in enumerate(keys) if key in missing)) if missing else 0
-            if total + more <= most:
-                total += more
-                kept.append(column)
-                if missing:
-                    lacking[column] = missing
-        _announce(needs, kept, cache, total, console)
-        if lacking:
-            _record(live, cache, tokens, index, keys, lacking, shard_bytes, console)
-            cache.reload()
-    return RecordedTeacher(live, cache, kept, time.perf_counter() - started)
+    rows = {key: position[key] for key in sorted(position)}
+    index = np.asarray(list(rows.values()))
+    most = max_bytes if max_bytes is not None else default_budget(cache.folder)
+    kept: list[Column] = []
+    lacking: dict[Column, set[bytes]] = {}
+    before = total = cache.bytes
+    columns = columns_of(Needs(logits=needs.logits) if needs.padding else needs)
+    for column, size in _sizes(live, tokens, index, columns).items():
+        missing = set(cache.missing(column.name, list(rows)))
+        more = int(sum(size[i] for i, key in enumerate(rows) if key in missing)) if missing else 0
+        if total + more <= most:
+            total += more
+            kept.append(column)
+            if missing:
+                lacking[column] = missing
+    alive = [column for column in columns_of(needs) if column not in kept]
+    reason = "padding counts in them" if needs.padding else "teacher.max_bytes allows no more"
+    return Recording(rows, kept, alive, reason, lacking, total - before, total)
 
 
 def default_budget(folder: Path) -> int:
     """Return 20 GB, or a tenth of what is free on the disk of `folder` if that is less."""
-    return min(MAX_BYTES, shutil.disk_usage(folder).free // 10)
+    return min(MAX_BYTES, shutil.disk_usage(durable.existing(folder)).free // 10)
 
 
 def _record(
     live: LiveTeacher,
     cache: Cache,
     tokens: TokenisedRows,
-    index: np.ndarray,
-    keys: Sequence[bytes],
-    lacking: dict[Column, set[bytes]],
+    plan: Recording,
     shard_bytes: int,
     console: Console,
 ) -> None:
+    lacking, keys = plan.lacking, list(plan.rows)
+    index = np.asarray(list(plan.rows.values()))
     bf16 = cache.origin.precision == "bf16"
     needs = needs_of(lacking)
     parts: dict[tuple[Column, ...], _Part] = {}
@@ -328,14 +399,6 @@ def _padded(
     return tensor
 
 
-def _rows(inputs: Inputs) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    """Return each row's token ids and types, without padding."""
-    ids = inputs.input_ids.cpu().numpy().astype(np.int32)
-    types = None if inputs.token_type_ids is None else inputs.token_type_ids.cpu().numpy().astype(np.int8)
-    lengths = inputs.attention_mask.sum(1).tolist()
-    return [(ids[i, :n], None if types is None else types[i, :n]) for i, n in enumerate(lengths)]
-
-
 def _sizes(
     live: LiveTeacher, tokens: TokenisedRows, index: np.ndarray, columns: Sequence[Column]
 ) -> dict[Column, np.ndarray]:
@@ -362,13 +425,12 @@ def _sizes(
     return found
 
 
-def _announce(needs: Needs, kept: Sequence[Column], cache: Cache, total: int, console: Console) -> None:
-    alive = [column.name for column in columns_of(needs) if column not in kept]
-    reason = "padding counts in them" if needs.padding else "teacher.max_bytes allows no more"
+def _announce(plan: Recording, cache: Cache, console: Console) -> None:
+    alive = [column.name for column in plan.alive]
     console.print(
-        f"Teacher: {', '.join(column.name for column in kept) or 'nothing'} recorded "
-        f"({total / 1e6:,.1f} MB in {cache.folder})"
-        + (f"; {', '.join(alive)} computed live: {reason}." if alive else "."),
+        f"Teacher: {', '.join(column.name for column in plan.kept) or 'nothing'} recorded "
+        f"({plan.total / 1e6:,.1f} MB in {cache.folder})"
+        + (f"; {', '.join(alive)} computed live: {plan.reason}." if alive else "."),
         markup=False,
         highlight=False,
         soft_wrap=True,
