@@ -28,7 +28,7 @@ from stillroom.methods.base import Plan, Stage, Term
 from stillroom.preflight import folder as folder_checks
 from stillroom.preflight import teacher as teacher_checks
 from stillroom.preflight.teacher import better_order
-from stillroom.recipe import TrainingSettings
+from stillroom.recipe import TeacherSettings, TrainingSettings
 from tiny import (
     make_dataset,
     make_encoder,
@@ -814,6 +814,48 @@ def test_what_a_run_needs_of_the_disk(tmp_path: Path) -> None:
     assert need(method="none", select="last") == pytest.approx(plain * 10 / 13, rel=0.05)
     assert need(method="none", control=True) == pytest.approx(plain * 2, rel=0.05)
     assert need(method="lrc-bert") > plain
+
+
+def recording(run: preflight.Run, **settings: Any) -> preflight.Run:
+    teacher = TeacherSettings(name="t", max_bytes=10**9, **settings)
+    return replace(run, recording=teacher, repeated=True)
+
+
+def bytes_of_logits(run: preflight.Run) -> int:
+    """Two float32 for each row, where rows of equal tokens count once."""
+    tokens = run.tokens.teacher["train"]
+    spans = zip(tokens.offsets, tokens.lengths, strict=True)
+    return 4 * 2 * len({tuple(tokens.ids[start : start + n]) for start, n in spans})
+
+
+def test_what_is_recorded_counts_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "kept"))
+    run = recording(make_run(tmp_path / "run", method="kd"))
+    need = 13 * sum(4 * p.numel() for p in run.student.parameters()) + bytes_of_logits(run)
+    free = SimpleNamespace(free=need)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    found = check(run)["recorded_teacher"]
+    assert found["recorded"] == ["logits"] and found["live"] == []
+    assert Path(found["folder"]).parent == tmp_path / "kept/teacher"
+    assert not (tmp_path / "kept/teacher").exists(), "checks write nothing"
+    free.free = need - 1
+    text = problem(run)
+    assert "checkpoints, recorded teacher and student" in text and "teacher.max_bytes" in text
+    for alone in (replace(run, repeated=False), recording(make_run(tmp_path / "run", method="none"))):
+        assert "recorded_teacher" not in check(alone)
+
+
+def test_a_cache_on_another_disk_is_checked_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs two file systems")
+    run = recording(make_run(tmp_path, method="kd"), cache=f"{other}/stillroom-not-there/cache")
+    more = bytes_of_logits(run)
+    free = {other: more, tmp_path: 10**9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place]))
+    assert check(run)["recorded_teacher"]["live"] == []
+    free[other] = more - 1
+    assert f"at {other}" in problem(run) and "teacher.cache" in problem(run)
 
 
 def test_what_is_there_already_is_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

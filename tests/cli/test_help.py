@@ -23,6 +23,7 @@ COMMANDS = (
     "report",
     "methods",
     "datasets",
+    "cache",
 )
 WIDE = {"COLUMNS": "250", "TERMINAL_WIDTH": "250"}
 

@@ -1,6 +1,7 @@
 """The recorded teacher: what is read is what was computed, whatever order, kill, damage or neighbour."""
 
 import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from stillroom.data.batching import make_batch, pad, sequential_batches
+from stillroom import durable
+from stillroom.data.batching import Batch, Inputs, make_batch, pad, sequential_batches
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows
 from stillroom.encoder import Encoder, Needs
@@ -23,7 +25,7 @@ from stillroom.recipe import TeacherSettings
 from stillroom.teacher.cache import Cache, Origin, key_of, keys_of
 from stillroom.teacher.choose import choose
 from stillroom.teacher.live import LiveTeacher
-from stillroom.teacher.recorded import RecordedTeacher, columns_of, needs_of, record
+from stillroom.teacher.recorded import RecordedTeacher, columns_of, needs_of, planned, record
 from stillroom.training.loop import train
 from test_conformance import TABLE, Row, job_of
 from tiny import make_encoder, make_rows, make_task, make_tokenizer, make_tokens
@@ -223,19 +225,91 @@ def test_a_full_disk_fails_the_run_and_keeps_what_is_finished(
     recorded_in(tmp_path / "t")
 
 
+def flip_a_bit(shard: Path) -> None:
+    damaged = bytearray((shard / "rows.arrow").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (shard / "rows.arrow").write_bytes(damaged)
+
+
 def test_a_damaged_shard_is_found_and_recorded_again(tmp_path: Path) -> None:
     live = make_live()
     recorded_in(tmp_path / "t", live)
-    shard = cache_of(tmp_path / "t", live).shards()[1] / "rows.arrow"
-    damaged = bytearray(shard.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    shard.write_bytes(damaged)
+    flip_a_bit(cache_of(tmp_path / "t", live).shards()[1])
     said = io.StringIO()
     teacher = recorded_in(tmp_path / "t", live, console=Console(file=said, width=1000))
     assert "is damaged" in said.getvalue() and "recorded again" in said.getvalue()
     batch = make_batch(np.arange(48), ROWS, make_tokens(ROWS, live.encoder))
     mask = batch.teacher.attention_mask
     assert_same(teacher(batch, STATES), live(batch, STATES), mask, STATES, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_is_made_once_and_again_when_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = make_live()
+    tokens = make_tokens(ROWS, live.encoder)
+    recorded_in(tmp_path / "t", live)
+    summed: list[Path] = []
+    real = durable.damage
+    monkeypatch.setattr(durable, "damage", lambda folder: summed.append(folder) or real(folder))
+    recorded_in(tmp_path / "t", live, tokens=tokens)
+    assert summed == []
+    cache = cache_of(tmp_path / "t", live)
+    shard = cache.shards()[1]
+    # The same bytes at the same time: a copy may still be a bad one.
+    (shard / "copy").write_bytes((shard / "rows.arrow").read_bytes())
+    shutil.copystat(shard / "rows.arrow", shard / "copy")
+    (shard / "copy").replace(shard / "rows.arrow")
+    assert cache.open() == {} and summed == [shard]
+    flip_a_bit(shard)
+    assert set(cache.open()) == {shard}
+    assert cache.missing("logits", keys_of(tokens))
+    # It is not taken for sound because it was seen before.
+    assert set(cache.open()) == {shard} and summed == 3 * [shard]
+
+
+def test_readers_wait_for_nobody(tmp_path: Path) -> None:
+    live = make_live()
+    recorded_in(tmp_path / "t", live)
+    said = io.StringIO()
+    with cache_of(tmp_path / "t", live).writing(QUIET):
+        teacher = recorded_in(tmp_path / "t", live, console=Console(file=said, width=1000))
+    assert "waiting" not in said.getvalue()
+    batch = make_batch(np.arange(8), ROWS, make_tokens(ROWS, live.encoder))
+    assert teacher(batch, STATES).logits.shape == (8, 2)
+
+
+def test_a_cache_that_is_not_ours_to_write_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = make_live()
+    want = recorded_in(tmp_path / "t", live)
+    (tmp_path / "t/checked.json").unlink()
+    monkeypatch.setattr(durable, "write_json", stop_after(durable.write_json, 0, PermissionError()))
+    batch = make_batch(np.arange(48), ROWS, make_tokens(ROWS, live.encoder))
+    found, mask = recorded_in(tmp_path / "t", live)(batch, STATES), batch.teacher.attention_mask
+    assert_same(found, want(batch, STATES), mask, STATES, rtol=0, atol=0)
+
+
+def test_planning_writes_nothing(tmp_path: Path) -> None:
+    live = make_live()
+    tokens = make_tokens(ROWS, live.encoder)
+    cache = cache_of(tmp_path / "t", live)
+    cache.open(check=False)
+    options = {"max_bytes": 10**9}
+    plan = planned(live, cache, tokens, keys_of(tokens), STATES, **options)
+    assert not (tmp_path / "t").exists()
+    # By hand: 2 logits, and 2 states of width 24 for each token, of rows that differ.
+    different = {
+        tuple(tokens.ids[o : o + n]): n for o, n in zip(tokens.offsets, tokens.lengths, strict=True)
+    }
+    assert plan.more == plan.total == 4 * (2 * len(different) + 2 * 24 * sum(different.values()))
+    recorded_in(tmp_path / "t", live, Needs(logits=True))
+    cache.open(check=False)
+    plan = planned(live, cache, tokens, keys_of(tokens), STATES, **options)
+    assert plan.more == 4 * 2 * 24 * sum(different.values())
+    assert plan.total == plan.more + cache.bytes
+    assert [column.name for column in plan.lacking] == ["hidden_states.2", "hidden_states.4"]
 
 
 def other_tokenizer(live: LiveTeacher) -> LiveTeacher:
@@ -268,6 +342,35 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t/thesis.txt").write_text("years of work")
     with pytest.raises(WrongInput, match="new or empty"):
         recorded_in(tmp_path / "t")
+
+
+def changed(batch: Batch, row: int, length: int, token: int) -> Batch:
+    """Return the batch with one token of one row replaced, and the row cut to a length."""
+    inputs = Inputs(batch.teacher.input_ids.clone(), batch.teacher.attention_mask.clone(), None)
+    inputs.input_ids[row, 1] = token
+    inputs.input_ids[row, length:] = 0
+    inputs.attention_mask[row, length:] = 0
+    return replace(batch, teacher=inputs)
+
+
+def test_a_batch_that_is_not_of_its_row_numbers_is_refused(tmp_path: Path) -> None:
+    """Else rows that were rewritten would silently be taught the answers to what they were."""
+    live = make_live()
+    teacher = recorded_in(tmp_path / "t", live)
+    tokens = make_tokens(ROWS, live.encoder)
+    batch = make_batch(np.arange(8), ROWS, tokens)
+    row = int(tokens.lengths[:8].argmax())
+    length, token = int(tokens.lengths[row]), int(batch.teacher.input_ids[row, 1])
+    teacher(changed(batch, row, length, token), STATES)
+    wrong = (
+        changed(batch, row, length, token + 1),
+        changed(batch, row, length - 1, token),
+        replace(batch, row_ids=batch.row_ids.flip(0)),
+        replace(batch, row_ids=batch.row_ids + len(ROWS)),
+    )
+    for other in wrong:
+        with pytest.raises(WrongInput, match="not in the cache"):
+            teacher(other, STATES)
 
 
 def test_a_row_that_was_not_recorded_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import typer
 from stillroom.cli import (
     augment,
     bench,
+    cache,
     compare,
     datasets,
     distill,
@@ -43,6 +44,7 @@ app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=generator.EXAMPLES)(generator.generator)
 app.command(epilog=augment.EXAMPLES)(augment.augment)
 app.command(epilog=report.EXAMPLES)(report.report)
+app.add_typer(cache.app, name="cache", epilog=cache.EXAMPLES)
 app.command(epilog=methods.EXAMPLES)(methods.methods)
 app.command(epilog=datasets.EXAMPLES)(datasets.datasets)
 

@@ -161,6 +161,10 @@ class Plan:
         """Return what the stage's terms read of the teacher, on the rows as they are."""
         return _sum_needs(self.terms[name].teacher_needs for name in stage.weights)
 
+    def all_teacher_needs(self) -> Needs:
+        """Return what the terms of all stages read of the teacher, on the rows as they are."""
+        return _sum_needs(self.terms[n].teacher_needs for stage in self.stages for n in stage.weights)
+
     def augmented_needs(self, names: Iterable[str]) -> tuple[Needs, Needs]:
         """Return what terms read of student and teacher on augmented rows."""
         terms = [self.terms[name] for name in names]

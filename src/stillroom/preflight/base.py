@@ -14,7 +14,7 @@ from stillroom.encoder import Encoder, Needs
 from stillroom.errors import WrongInput
 from stillroom.generator import Generator
 from stillroom.methods.base import Plan, Term
-from stillroom.recipe import TrainingSettings
+from stillroom.recipe import TeacherSettings, TrainingSettings
 
 SPLITS = ("train", "validation")
 """The splits that a run reads."""
@@ -39,6 +39,10 @@ class Run:
     generator: Generator | None = None
     teacher_logits: np.ndarray | None = None
     """The teacher's logits of the validation rows, where they are known already."""
+    recording: TeacherSettings | None = None
+    """Where and how much of the teacher is recorded; None: nothing."""
+    repeated: bool = False
+    """Whether its rows are read more than once."""
 
     def splits(self) -> list[tuple[str, Rows]]:
         """Return the splits that the run reads, by name."""

@@ -2,13 +2,19 @@
 
 import os
 import shutil
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
+from stillroom import durable
 from stillroom.errors import WrongInput
 from stillroom.preflight.base import Report, Run
+from stillroom.teacher.cache import keys_of
+from stillroom.teacher.choose import cache_of
+from stillroom.teacher.live import LiveTeacher
+from stillroom.teacher.recorded import planned
 from stillroom.training.loop import CHECKPOINTS
 
 
@@ -36,21 +42,54 @@ def trackers(run: Run, report: Report) -> None:
 
 
 def disk(run: Run, report: Report) -> None:
-    """The checkpoints and the student fit on the disk."""
-    need = _need(run)
-    place = run.folder.absolute()
-    while not place.exists():
-        place = place.parent
+    """The checkpoints, the student and what is recorded of the teacher fit on the disk."""
+    need, place = _need(run), durable.existing(run.folder)
+    cache = None if report.errors else _recording(run, report)
+    if cache is not None:
+        folder, more = durable.existing(cache[0]), cache[1]
+        if folder.stat().st_dev == place.stat().st_dev:
+            need += more
+        elif more > (free := shutil.disk_usage(folder).free):
+            report.error(
+                f"The recorded teacher needs about {more / 1e6:,.0f} MB, found {free / 1e6:,.0f} MB free "
+                f"at {folder}. Free some space, set teacher.cache to another folder, or lower "
+                "teacher.max_bytes."
+            )
     # A run that is resumed has part of this on the disk already.
     old = run.folder.glob(f"**/{CHECKPOINTS}/*/*.safetensors")
     free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in old)
     report.found["disk"] = {"need_mb": round(need / 1e6, 1), "free_mb": round(free / 1e6, 1)}
     if need > free:
+        recorded = "" if cache is None else ", recorded teacher"
         report.error(
-            f"The run needs about {need / 1e6:,.0f} MB for checkpoints and student, found "
+            f"The run needs about {need / 1e6:,.0f} MB for checkpoints{recorded} and student, found "
             f"{free / 1e6:,.0f} MB free at {place}. Free some space, give another output folder, or "
-            f"lower training.keep_checkpoints (now {run.training.keep_checkpoints})."
+            f"lower training.keep_checkpoints (now {run.training.keep_checkpoints})"
+            + (" or teacher.max_bytes." if cache else ".")
         )
+
+
+def _recording(run: Run, report: Report) -> tuple[Path, int] | None:
+    """Return the cache's folder and the bytes that the run adds to it; None where it records nothing."""
+    if run.teacher is None or run.recording is None:
+        return None
+    live = LiveTeacher(run.teacher, device=Accelerator().device, bf16=run.bf16)
+    needs = run.plan.all_teacher_needs()
+    cache = cache_of(run.recording, live, needs, max_length=run.max_length, repeated=run.repeated)
+    if cache is None:
+        return None
+    # What is damaged is found when the run opens the cache; nothing is written here.
+    cache.open(check=False)
+    tokens = run.tokens.teacher["train"]
+    plan = planned(live, cache, tokens, keys_of(tokens), needs, max_bytes=run.recording.max_bytes)
+    report.found["recorded_teacher"] = {
+        "recorded": [column.name for column in plan.kept],
+        "live": [column.name for column in plan.alive],
+        "new_mb": round(plan.more / 1e6, 1),
+        "total_mb": round(plan.total / 1e6, 1),
+        "folder": str(cache.folder),
+    }
+    return cache.folder, plan.more
 
 
 def _need(run: Run) -> int:

@@ -272,13 +272,19 @@ class _Worker:
 
     def _train(self, run: Run, recipe: Recipe, place: Path, console: Console) -> dict[str, Any]:
         parts = Parts.of(recipe, self._common, console)
-        to_check = replace(parts.to_check(recipe, place), teacher_logits=self.logits)
+        # Runs without a teacher read nothing of it.
+        learning = [
+            r for r in self.runs.values() if self._comparison.methods[r.variant].method.name != "none"
+        ]
+        repeated = len(learning) > 1
+        checked = parts.to_check(recipe, place, repeated=repeated)
+        to_check = replace(checked, teacher_logits=self.logits)
         # Another seed would bring the same warnings again.
         again = (run.student, run.variant) in self._checked
         preflight.check(to_check, Console(quiet=True) if again else console)
         self._checked.add((run.student, run.variant))
         recipe = parts.start(recipe, place, console, resume=(place / RECIPE).exists())
-        trained = parts.train(recipe, place, console)
+        trained = parts.train(recipe, place, console, repeated=repeated)
         tokens = parts.tokens.student["validation"]
         logits = predict(parts.student, tokens, bf16=parts.bf16)
         np.save(place / LOGITS, logits, allow_pickle=False)

@@ -15,13 +15,14 @@ from stillroom import encoder, generator, methods, preflight, provenance, studen
 from stillroom.data import sources
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import TokenisedRows, Tokens, fingerprint, tokenise
-from stillroom.encoder import Encoder, Needs
+from stillroom.encoder import Encoder
 from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predict import predict
 from stillroom.generator import Generator
 from stillroom.methods.base import Context, Plan
 from stillroom.provenance import RECIPE, STUDENT, environment
 from stillroom.recipe import MethodSettings, Recipe
+from stillroom.teacher import Teacher
 from stillroom.teacher.choose import choose
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.loop import Job, Trained, train, use_bf16
@@ -84,8 +85,8 @@ class Parts:
         writer = None if plan.augmentation is None else generator.load(plan.augmentation.generator)
         return cls(dataset, teacher, made, plan, tokens, common.bf16, writer)
 
-    def to_check(self, recipe: Recipe, folder: Path) -> preflight.Run:
-        """Return the run as the checks before the first step see it."""
+    def to_check(self, recipe: Recipe, folder: Path, *, repeated: bool = False) -> preflight.Run:
+        """Return the run as the checks before the first step see it; `repeated` as for `train`."""
         return preflight.Run(
             self.dataset,
             recipe.dataset.max_length,
@@ -98,23 +99,21 @@ class Parts:
             self.bf16,
             recipe.control,
             self.generator,
+            recording=recipe.teacher,
+            repeated=_repeated(recipe, repeated),
         )
 
-    def train(self, recipe: Recipe, folder: Path, console: Console) -> Trained:
-        """Train the student in `folder` and save it there."""
-        live = LiveTeacher(self.teacher, device=Accelerator().device, bf16=self.bf16)
-        needs = Needs()
-        for stage in self.plan.stages:
-            needs = needs | self.plan.teacher_needs(stage)
-        teacher = choose(
-            recipe.teacher,
-            live,
-            self.tokens.teacher["train"],
-            needs,
-            max_length=recipe.dataset.max_length,
-            repeated=recipe.training.epochs > 1,
-            console=console,
-        )
+    def train(self, recipe: Recipe, folder: Path, console: Console, *, repeated: bool = False) -> Trained:
+        """Train the student in `folder` and save it there.
+
+        Args:
+            recipe: The run's.
+            folder: Where it is kept.
+            console: Where progress goes.
+            repeated: Whether other runs read the teacher on the same rows.
+        """
+        live = self.live_teacher()
+        teacher = self.chosen_teacher(recipe, live, console, repeated=repeated)
         name = f"{recipe.method.name} ({folder.name})"
         evaluate = evaluator(self.dataset, self.tokens.student["validation"], self.bf16)
         job = Job(
@@ -135,6 +134,24 @@ class Parts:
         trained = train(job, console, recipe.model_dump(mode="json"))
         self.student.save(folder / STUDENT)
         return replace(trained, teacher=teacher.served())
+
+    def live_teacher(self) -> LiveTeacher:
+        """Return the teacher as the model itself."""
+        return LiveTeacher(self.teacher, device=Accelerator().device, bf16=self.bf16)
+
+    def chosen_teacher(
+        self, recipe: Recipe, live: LiveTeacher, console: Console, *, repeated: bool
+    ) -> Teacher:
+        """Return the teacher that the recipe asks for on the training rows, recorded where it is to be."""
+        return choose(
+            recipe.teacher,
+            live,
+            self.tokens.teacher["train"],
+            self.plan.all_teacher_needs(),
+            max_length=recipe.dataset.max_length,
+            repeated=_repeated(recipe, repeated),
+            console=console,
+        )
 
     def start(self, recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> Recipe:
         """Write down what the run starts from, or with `resume` check that it still is that.
@@ -161,6 +178,10 @@ class Parts:
         made = student.build(recipe.student, self.teacher, self.dataset.task, seed=recipe.training.seed)
         plan = methods.build(alone.method, context_of(self.dataset, made, self.teacher))
         return alone, replace(self, student=made, plan=plan, generator=None)
+
+
+def _repeated(recipe: Recipe, repeated: bool) -> bool:
+    return repeated or recipe.training.epochs > 1
 
 
 def context_of(dataset: Dataset, made: Encoder, teacher: Encoder) -> Context:

@@ -25,7 +25,7 @@ def choose(
 ) -> Teacher:
     """Return the teacher that the settings ask for, recorded first where it is to be.
 
-    What `auto` does depends on the run alone, not on what happens to be recorded: a run that goes
+    What `auto` does depends on what was asked for, not on what happens to be recorded: a run that goes
     on after a kill learns from the teacher it started with.
 
     Args:
@@ -41,9 +41,18 @@ def choose(
         WrongInput: If the folder that is named holds the cache of another teacher.
         RunFailed: If the disk is full.
     """
-    if needs == Needs() or settings.cache == "off" or (settings.cache == "auto" and not repeated):
+    cache = cache_of(settings, live, needs, max_length=max_length, repeated=repeated)
+    if cache is None:
         return live
+    return record(live, cache, tokens, needs, max_bytes=settings.max_bytes, console=console)
+
+
+def cache_of(
+    settings: TeacherSettings, live: LiveTeacher, needs: Needs, *, max_length: int, repeated: bool
+) -> Cache | None:
+    """Return the cache that the settings ask for, not opened yet, or None where all is computed live."""
+    if needs == Needs() or settings.cache == "off" or (settings.cache == "auto" and not repeated):
+        return None
     origin = Origin.of(live.encoder, max_length=max_length, bf16=live.bf16)
     folder = origin.folder if settings.cache == "auto" else Path(settings.cache).expanduser()
-    cache = Cache(folder, origin)
-    return record(live, cache, tokens, needs, max_bytes=settings.max_bytes, console=console)
+    return Cache(folder, origin, name=settings.name)

@@ -390,10 +390,13 @@ def _padded(
             flat[i, :, :length, :length] = row.reshape(heads, length, length)
         return scores
     size = len(rows[0]) // lengths[0]
-    states = np.zeros((count, width * size), dtype=stored)
+    # Row by row: a copy of memory each. A gather by token is two to three times slower.
+    tensor = torch.empty((count, width * size), dtype=dtype)
+    states = (tensor.view(torch.int16) if stored == np.int16 else tensor).numpy()
     for i, row in enumerate(rows):
         states[i, : len(row)] = row
-    tensor = torch.from_numpy(states).view(dtype).view(count, width, size)
+        states[i, len(row) :] = 0
+    tensor = tensor.view(count, width, size)
     if column.field in _HEADS:
         return tensor.view(count, width, heads, size // heads).transpose(1, 2)
     return tensor
