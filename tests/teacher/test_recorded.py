@@ -362,7 +362,12 @@ def test_a_batch_that_is_not_of_its_row_numbers_is_refused(tmp_path: Path) -> No
     row = int(tokens.lengths[:8].argmax())
     length, token = int(tokens.lengths[row]), int(batch.teacher.input_ids[row, 1])
     teacher(changed(batch, row, length, token), STATES)
+    longer = changed(batch, row, length, token)
+    shortest = int(tokens.lengths[:8].argmin())
+    longer.teacher.input_ids[shortest, tokens.lengths[shortest]] = token
+    longer.teacher.attention_mask[shortest, tokens.lengths[shortest]] = 1
     wrong = (
+        longer,
         changed(batch, row, length, token + 1),
         changed(batch, row, length - 1, token),
         replace(batch, row_ids=batch.row_ids.flip(0)),

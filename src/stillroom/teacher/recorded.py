@@ -390,7 +390,7 @@ def _padded(
             flat[i, :, :length, :length] = row.reshape(heads, length, length)
         return scores
     size = len(rows[0]) // lengths[0]
-    # Row by row: a copy of memory each. A gather by token is two to three times slower.
+    # Row by row, each one copy of memory: a gather by token was slower (docs/LOG.md, 2026-11-25).
     tensor = torch.empty((count, width * size), dtype=dtype)
     states = (tensor.view(torch.int16) if stored == np.int16 else tensor).numpy()
     for i, row in enumerate(rows):
