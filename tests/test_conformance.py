@@ -110,6 +110,10 @@ TABLE = [
     Row("distilbert"),
     Row("rail-kd", {"redraw": 1, "projection_size": 8}),
     Row("rail-kd", {"form": "tkc002", "pooling": "unmasked_mean"}, padding_counts=True),
+    Row("tinybert", attention=True, padding_counts=True),
+    Row("tinybert", {"padding": "masked", "switch": 0.6}, attention=True),
+    Row("minilm", {"switch": 0.6}, attention=True),
+    Row("minilmv2", {"relation_heads": 8, "teacher_layer": 3, "soft_weight": 0.5}, attention=True),
 ]
 FAMILY_ROWS = [
     Row("none"),
@@ -119,6 +123,7 @@ FAMILY_ROWS = [
     Row("cilda", GENERATOR),
     Row("codir", FEW),
     emd(padding="masked"),
+    Row("minilm", {"switch": 0.6}, attention=True),
 ]
 NO_ATTENTION = ("mpnet", "deberta-v2")
 FAMILIES = ("roberta", "distilbert", "electra", "modernbert", "mpnet", "deberta-v2", "xlm-roberta")

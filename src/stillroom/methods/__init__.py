@@ -10,9 +10,12 @@ from stillroom.methods import (
     kd,
     lrc_bert,
     mate_kd,
+    minilm,
+    minilmv2,
     none,
     pkd,
     rail_kd,
+    tinybert,
 )
 from stillroom.methods.base import Context, Method, Plan
 from stillroom.recipe import MethodSettings, Recipe, Settings, nearest, validate
@@ -31,6 +34,9 @@ METHODS: dict[str, Method] = {
         pkd.METHOD,
         distilbert.METHOD,
         rail_kd.METHOD,
+        tinybert.METHOD,
+        minilm.METHOD,
+        minilmv2.METHOD,
     )
 }
 
