@@ -55,7 +55,7 @@ class TeacherSettings(Settings):
     name: str
     """A fine-tuned sequence-classification encoder: a local folder or a hub id."""
     cache: Annotated[str, Field(min_length=1)] = "auto"
-    """Where its outputs are recorded: a folder; `auto`: Stillroom's own, for several epochs; `off`."""
+    """Where its outputs are recorded: a folder; `auto`: Stillroom's own, if read again; `off`."""
     max_bytes: Annotated[int, Field(ge=0)] | None = None
     """Most bytes to record; the rest is computed live. Default: 20 GB, or 10 % of the free disk if less."""
 

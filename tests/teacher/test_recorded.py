@@ -273,19 +273,25 @@ def test_readers_wait_for_nobody(tmp_path: Path) -> None:
     recorded_in(tmp_path / "t", live)
     said = io.StringIO()
     with cache_of(tmp_path / "t", live).writing(QUIET):
+        # What is not written down by a reader now is so by the next.
+        (tmp_path / "t/checked.json").unlink()
         teacher = recorded_in(tmp_path / "t", live, console=Console(file=said, width=1000))
+        assert not (tmp_path / "t/checked.json").exists()
     assert "waiting" not in said.getvalue()
+    recorded_in(tmp_path / "t", live)
+    assert (tmp_path / "t/checked.json").exists()
     batch = make_batch(np.arange(8), ROWS, make_tokens(ROWS, live.encoder))
     assert teacher(batch, STATES).logits.shape == (8, 2)
 
 
-def test_a_cache_that_is_not_ours_to_write_can_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [PermissionError(), OSError(30, "Read-only"), RunFailed("full")])
+def test_a_cache_that_cannot_be_written_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     live = make_live()
     want = recorded_in(tmp_path / "t", live)
     (tmp_path / "t/checked.json").unlink()
-    monkeypatch.setattr(durable, "write_json", stop_after(durable.write_json, 0, PermissionError()))
+    monkeypatch.setattr(durable, "write_json", stop_after(durable.write_json, 0, error))
     batch = make_batch(np.arange(48), ROWS, make_tokens(ROWS, live.encoder))
     found, mask = recorded_in(tmp_path / "t", live)(batch, STATES), batch.teacher.attention_mask
     assert_same(found, want(batch, STATES), mask, STATES, rtol=0, atol=0)

@@ -18,7 +18,7 @@ from rich.console import Console
 from stillroom import durable
 from stillroom.data.tokens import TokenisedRows, cache_folder, fingerprint
 from stillroom.encoder import Encoder, weights_hash
-from stillroom.errors import WrongInput
+from stillroom.errors import RunFailed, WrongInput
 
 ORIGIN = "origin.json"
 """Name of the file that says what a cache was made of."""
@@ -138,7 +138,7 @@ class Cache:
 
     def __init__(self, folder: Path, origin: Origin, *, name: str = ""):
         self.folder, self.origin = folder, origin
-        self._name = name
+        self._name, self._lock = name, FileLock(folder / durable.LOCK)
         self._shards: list[_Shard] = []
         self._numbers: dict[bytes, int] = {}
         self._places: dict[str, np.ndarray] = {}
@@ -172,11 +172,7 @@ class Cache:
             if error is not None:
                 wrong[shard] = error
         if check and (self.folder / ORIGIN).exists():
-            # Others may own the folder: then the next one that opens it makes the sums again.
-            with contextlib.suppress(PermissionError):
-                if sound != known:
-                    durable.write_json(self.folder / _CHECKED, sound)
-                os.utime(self.folder / ORIGIN)
+            self._remember(known, sound)
         self._index(shards)
         return wrong
 
@@ -189,7 +185,7 @@ class Cache:
         """
         with durable.explain_full_disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / durable.LOCK)
+        lock = self._lock
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -294,6 +290,17 @@ class Cache:
             for column in shard.columns:
                 places = self._places.setdefault(column, np.full(len(numbers), -1, dtype=np.int64))
                 places[rows] = (number << 32) + np.arange(len(rows))
+
+    def _remember(self, known: dict[str, Any], sound: dict[str, Any]) -> None:
+        """Note which shards are sound and that the cache was used, if that can be done at once.
+
+        Else (another process records, or the folder is not ours to write) the next one does it.
+        """
+        with contextlib.suppress(OSError, RunFailed, Timeout), self._lock.acquire(timeout=0):
+            if (self.folder / ORIGIN).exists():
+                if sound != known:
+                    durable.write_json(self.folder / _CHECKED, sound)
+                os.utime(self.folder / ORIGIN)
 
     def _checked(self) -> dict[str, Any]:
         try:
