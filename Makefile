@@ -10,7 +10,7 @@ install: $(VENV)/installed
 # The constraints hold every version, torch's too: an open range may fetch gigabytes of CUDA.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,openvino]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,openvino,serve]'
 	touch $@
 
 demo: install

@@ -18,6 +18,8 @@ COMMANDS = (
     "evaluate",
     "export",
     "bench",
+    "predict",
+    "serve",
     "generator",
     "augment",
     "report",

@@ -18,7 +18,9 @@ from stillroom.cli import (
     frame,
     generator,
     methods,
+    predict,
     report,
+    serve,
 )
 
 app = typer.Typer(
@@ -41,6 +43,8 @@ app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
+app.command(epilog=predict.EXAMPLES)(predict.predict)
+app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.command(epilog=generator.EXAMPLES)(generator.generator)
 app.command(epilog=augment.EXAMPLES)(augment.augment)
 app.command(epilog=report.EXAMPLES)(report.report)

@@ -53,7 +53,7 @@ def task_of(table: Table, settings: DatasetSettings) -> tuple[Task, bool]:
     Raises:
         WrongInput: If columns or labels are missing, or are not what the settings say.
     """
-    text = _text_columns(table, settings.text)
+    text = text_columns(table, settings.text)
     label = _label_column(table, settings.label, text)
     values = _labels(table, label, settings.kind == "multi-label")
     kind = _kind(values) if settings.kind == "auto" else settings.kind
@@ -76,21 +76,34 @@ def task_of(table: Table, settings: DatasetSettings) -> tuple[Task, bool]:
     return Task(settings.name, kind, text, label, names, _METRICS[kind]), words
 
 
-def _text_columns(table: Table, given: tuple[str, ...] | None) -> tuple[str, ...]:
+def text_columns(
+    table: Table, given: tuple[str, ...] | None, *, option: str = "dataset.text"
+) -> tuple[str, ...]:
+    """Return the one or two text columns: those given, else those of a usual name.
+
+    Args:
+        table: A file's columns.
+        given: Names, or None.
+        option: How the caller's user names columns.
+
+    Raises:
+        WrongInput: If a column is missing, or none has a usual name.
+    """
     if given is not None:
         if len(given) not in (1, 2) or len(set(given)) < len(given):
-            raise WrongInput(f"dataset.text takes one or two columns, found {len(given)}: {list(given)}.")
+            raise WrongInput(f"{option} takes one or two columns, found {len(given)}: {list(given)}.")
         for column in given:
-            _require_column(table, column, "dataset.text")
+            _require_column(table, column, option)
         return given
     by_name = {name.lower(): name for name in reversed(list(table.columns))}
     for names in (*PAIRS, *((name,) for name in TEXTS)):
         if all(name in by_name for name in names):
             return tuple(by_name[name] for name in names)
+    first = next(iter(table.columns))
+    how = f"--set {option}=[{first}]" if option == "dataset.text" else f"{option} {first}"
     raise WrongInput(
         f"{table.source} has no text column of a usual name: its columns are "
-        f"{', '.join(table.columns)}. Name one or two of them, such as "
-        f"--set dataset.text=[{next(iter(table.columns))}]."
+        f"{', '.join(table.columns)}. Name one or two of them, such as {how}."
     )
 
 
@@ -173,7 +186,7 @@ def rows_of(table: Table, task: Task, numbered: bool) -> Rows:
     """
     for column in (*task.text, task.label):
         _require_column(table, column)
-    texts = tuple(_texts(table, column) for column in task.text)
+    texts = tuple(texts_of(table, column) for column in task.text)
     values = _labels(table, task.label, task.kind == "multi-label")
     if task.kind == "regression":
         return Rows(table.source, texts, _scores(table, values))
@@ -193,7 +206,8 @@ def rows_of(table: Table, task: Task, numbered: bool) -> Rows:
     return Rows(table.source, texts, flags)
 
 
-def _texts(table: Table, column: str) -> list[str]:
+def texts_of(table: Table, column: str, *, option: str = "dataset.text") -> list[str]:
+    """Return a text column, or raise `WrongInput` for the first row without valid text in it."""
     values = list(table.columns[column])
     for row, value in enumerate(values):
         if not isinstance(value, str):
@@ -202,7 +216,7 @@ def _texts(table: Table, column: str) -> list[str]:
             )
             raise WrongInput(
                 f"{table.at(row)}: expected text in {column!r}, found {found}. Fill it in or remove the "
-                "row; another column is named with dataset.text."
+                f"row; another column is named with {option}."
             )
         # JSON can spell half a surrogate pair, which no tokenizer can read.
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):

@@ -24,11 +24,13 @@ class Table:
     rows: int
     lines: Sequence[int] | None = None
     """The line of each row, in files that have lines."""
+    first: int = 0
+    """How many rows stand before these, where this is a piece of a file."""
 
     def at(self, row: int) -> str:
         """Return how messages name a row (given from 0): the file, the row from 1, its line."""
         line = "" if self.lines is None else f" (line {self.lines[row]})"
-        return f"{self.source}, row {row + 1}{line}"
+        return f"{self.source}, row {self.first + row + 1}{line}"
 
 
 def read(path: Path) -> Table:
@@ -93,21 +95,13 @@ def _delimited(path: Path, data: bytes, **dialect: Any) -> Table:
             line, start = start, reader.line_num + 1
             if header is None:
                 header = [name.strip() for name in values]
-                _require_distinct(path, header)
-            elif len(values) == len(header):
+                require_distinct(path, header)
+            elif values:
+                require_width(f"{path}, row {len(rows) + 1} (line {line})", header, values)
                 rows.append(values)
                 lines.append(line)
-            elif values:
-                raise WrongInput(
-                    f"{path}, row {len(rows) + 1} (line {line}): expected {len(header)} columns "
-                    f"({', '.join(header)}), found {len(values)}. Correct the line; in CSV a text "
-                    "with a comma in it needs double quotes."
-                )
     except csv.Error as error:
-        raise WrongInput(
-            f"{path}, row {len(rows) + 1} (line {start}): {error}. Correct the quotes: a text in "
-            'double quotes ends at the next one, and a quote inside it is written twice ("").'
-        ) from None
+        raise wrong_quotes(f"{path}, row {len(rows) + 1} (line {start})", error) from None
     columns = zip(*rows, strict=True) if rows else ((),) * len(header or ())
     return Table(str(path), dict(zip(header or (), columns, strict=True)), len(rows), lines)
 
@@ -117,12 +111,12 @@ def _json(path: Path, data: bytes) -> Table:
     objects: list[Any] = []
     lines: list[int] | None = None
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        objects = _parse(text, f"{path}")
+        objects = parse(text, f"{path}")
     else:
         lines = []
         for line, part in enumerate(text.split("\n"), start=1):
             if part.strip():
-                objects.append(_parse(part, f"{path}, row {len(objects) + 1} (line {line})"))
+                objects.append(parse(part, f"{path}, row {len(objects) + 1} (line {line})"))
                 lines.append(line)
     names: dict[str, None] = {}
     for row, found in enumerate(objects):
@@ -134,9 +128,28 @@ def _json(path: Path, data: bytes) -> Table:
     return Table(str(path), columns, len(objects), lines)
 
 
-def _parse(text: str, where: str) -> Any:
+def require_width(where: str, header: Sequence[str], values: Sequence[str]) -> None:
+    """Raise `WrongInput` unless a delimited row has a value for each column."""
+    if len(values) != len(header):
+        raise WrongInput(
+            f"{where}: expected {len(header)} columns ({', '.join(header)}), found {len(values)}. Correct "
+            "the line; in CSV a text with a comma in it needs double quotes."
+        )
+
+
+def wrong_quotes(where: str, error: csv.Error) -> WrongInput:
+    """Return the error of a CSV row that cannot be read."""
+    return WrongInput(
+        f"{where}: {error}. Correct the quotes: a text in double quotes ends at the next one, and a quote "
+        'inside it is written twice ("").'
+    )
+
+
+def parse(text: str, where: str) -> Any:
+    """Return the value that JSON means, or raise `WrongInput` naming the place."""
+
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _require_distinct(where, [name for name, _ in pairs])
+        require_distinct(where, [name for name, _ in pairs])
         return dict(pairs)
 
     try:
@@ -148,7 +161,7 @@ def _parse(text: str, where: str) -> Any:
 def _parquet(path: Path, data: bytes) -> Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-        _require_distinct(path, file.schema_arrow.names)
+        require_distinct(path, file.schema_arrow.names)
         # After an error in one of Arrow's reading threads the process may abort when it ends.
         table = file.read(use_threads=False)
         table.validate()
@@ -157,10 +170,10 @@ def _parquet(path: Path, data: bytes) -> Table:
         raise WrongInput(
             f"{path} is truncated or damaged, or no Parquet file: {reason} Copy or write it again."
         ) from error
-    return Table(str(path), _ArrowColumns(path, table), table.num_rows)
+    return Table(str(path), ArrowColumns(path, table), table.num_rows)
 
 
-class _ArrowColumns(Mapping[str, Sequence[Any]]):
+class ArrowColumns(Mapping[str, Sequence[Any]]):
     """An Arrow table's columns; only those that are looked at become Python values."""
 
     def __init__(self, path: Path, table: Any):
@@ -185,7 +198,8 @@ class _ArrowColumns(Mapping[str, Sequence[Any]]):
         return len(self._table.column_names)
 
 
-def _require_distinct(where: object, names: Sequence[str]) -> None:
+def require_distinct(where: object, names: Sequence[str]) -> None:
+    """Raise `WrongInput` if a column's name occurs twice."""
     if len(set(names)) < len(names):
         twice = Counter(names).most_common(1)[0][0]
         raise WrongInput(f"{where}: the column {twice!r} occurs twice. Rename or drop one of them.")

@@ -227,8 +227,11 @@ class Predictor:
         Returns:
             float32, shape `(N, C)`.
         """
-        logits = np.zeros((len(texts), max(1, len(self.labels))), dtype=np.float32)
-        rows = self.encode(texts)
+        return self.logits_of(self.encode(texts), batch_size=batch_size)
+
+    def logits_of(self, rows: Sequence[Any], *, batch_size: int = 32) -> np.ndarray:
+        """Return the logits `(N, C)` of encoded texts, in their order, as `logits` does."""
+        logits = np.zeros((len(rows), max(1, len(self.labels))), dtype=np.float32)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
