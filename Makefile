@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+DATA ?= ../shared/data
 
-.PHONY: install demo test check clean
+.PHONY: install demo test bench check clean
 
 install: $(VENV)/installed
 
@@ -24,6 +25,14 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# On an idle machine. peers.py needs textbrewer==0.2.1.post1 and tensorboardX beside what is installed.
+bench: install
+	mkdir -p runs/bench
+	$(BIN)/python benchmarks/padding.py --data-dir $(DATA) > runs/bench/padding.json
+	$(BIN)/python benchmarks/utilisation.py --data-dir $(DATA) --work runs/bench > runs/bench/utilisation.json
+	$(BIN)/python benchmarks/scaling.py --data-dir $(DATA) --work runs/bench/scaling > runs/bench/scaling.json
+	$(BIN)/python benchmarks/peers.py --data-dir $(DATA) --work runs/bench/peers --json > runs/bench/peers.json
 
 clean:
 	rm -rf $(VENV) runs dist

@@ -1,0 +1,173 @@
+"""Measure which share of the machine's matrix-product rate training reaches, at QNLI's natural lengths.
+
+    python benchmarks/utilisation.py --data-dir ../shared/data --work runs/utilisation
+    python benchmarks/utilisation.py --data-dir ../shared/data --work /tmp/utilisation --rows 64 --rounds 1
+
+Teacher 12x768, student 4x312, batches of 32 of QNLI's first rows, two threads. The share is
+
+    operations of the products that the real tokens need / seconds / measured rate,
+
+so that padding, optimiser, norms and reading count as waste. Measured:
+
+- teacher: all rows through the teacher once, hidden states of four layers and logits.
+- cached: an epoch of lrc-bert without perturbation whose teacher is read from a recording.
+- perturbed: the same with perturbation, which adds a forward pass and the half of a backward pass that
+  leads to the embeddings.
+
+The rate is that of torch's own products of large square matrices in the precision that training has here
+(bf16 where the processor computes it, else float32: the result says which), measured beside each figure.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from peers import LAYERS, STUDENT, TEACHER
+from rich.console import Console
+from toys import in_process, let_teacher_solve, machine, make_model, make_rows, recipe_overrides
+
+from stillroom.data.tokens import TokenisedRows
+
+BATCH_SIZE = 32
+THREADS = 2
+SIDES = ("teacher", "cached", "perturbed")
+
+
+def forward_operations(lengths: np.ndarray, layers: int, width: int) -> float:
+    """Return the operations of a BERT's products on rows of such lengths, two for a multiply-add.
+
+    Each token: 8 D^2 for queries, keys, values and output, 16 D^2 for the two of the feed-forward part;
+    each pair of tokens of a row: 4 D for scores and their use. Pooler and head are left out.
+    """
+    return float(layers * (24 * width**2 * lengths.sum() + 4 * width * (lengths**2).sum()))
+
+
+def operations(side: str, lengths: np.ndarray) -> float:
+    """Return the operations of a side: backward costs twice the forward pass, once without weights."""
+    if side == "teacher":
+        return forward_operations(lengths, *TEACHER[:2])
+    passes = {"cached": 3, "perturbed": 3 + 2}[side]
+    projections = 2 * STUDENT[1] * TEACHER[1] * float(lengths.sum()) * len(LAYERS)
+    return passes * (forward_operations(lengths, *STUDENT[:2]) + projections)
+
+
+def product_rate(bf16: bool) -> float:
+    """Return operations a second of the best of some products of 2048 x 2048 matrices."""
+    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
+
+
+def tokens_of(work: Path) -> TokenisedRows:
+    """Return the training rows as both models tokenise them."""
+    from stillroom import encoder
+    from stillroom.data import sources
+    from stillroom.data.tokens import tokenise
+    from stillroom.recipe import DatasetSettings
+
+    rows = work / "rows"
+    given = DatasetSettings(name=str(rows / "train.csv"), validation=rows / "validation.csv")
+    split = sources.load(given).splits["train"]
+    return tokenise(
+        split, encoder.load(str(work / "teacher")).tokenizer, max_length=128, console=Console(stderr=True)
+    )
+
+
+def teacher_pass(work: Path, bf16: bool) -> float:
+    """Return the seconds of all rows through the teacher."""
+    from stillroom import encoder
+    from stillroom.data.batching import pad, sequential_batches
+    from stillroom.encoder import Needs
+
+    tokens, teacher = tokens_of(work), encoder.load(str(work / "teacher"))
+    needs = Needs(logits=True, hidden_states=frozenset(LAYERS.values()))
+    start = time.perf_counter()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for rows in sequential_batches(tokens.lengths, batch_size=BATCH_SIZE):
+            teacher(pad(tokens, rows), needs)
+    return time.perf_counter() - start
+
+
+def cached_epoch(work: Path, *, perturbed: bool) -> float:
+    """Return the seconds of a run's one epoch on a recording that an earlier run has made."""
+    from stillroom import Recipe, distill
+
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        overrides = recipe_overrides(
+            work / "rows",
+            teacher__name=str(work / "teacher"),
+            teacher__cache=str(work / "recording"),
+            student=str(work / "student"),
+            training__epochs=1,
+            training__batch_size=BATCH_SIZE,
+            method__name="lrc-bert",
+            method__switch=0,
+            method__perturbation="both" if perturbed else "off",
+            method__layer_map=list(LAYERS.values()),
+        )
+        return float(distill(Recipe.load(None, overrides), f"{folder}/run")["train"]["seconds"])
+
+
+def one_side(side: str, work: Path) -> dict[str, object]:
+    from stillroom.training.loop import use_bf16
+
+    bf16 = use_bf16("auto")
+    before = product_rate(bf16)
+    seconds = (
+        teacher_pass(work, bf16) if side == "teacher" else cached_epoch(work, perturbed=side == "perturbed")
+    )
+    rate = max(before, product_rate(bf16))
+    done = operations(side, tokens_of(work).lengths)
+    return {"share": done / seconds / rate, "seconds": seconds, "rate": rate, "bf16": bf16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds glue/qnli/train.parquet")
+    parser.add_argument("--work", type=Path, required=True, help="for models, rows and recording")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each side is timed")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    work = options.work.absolute()
+    if options.side:
+        print(json.dumps(one_side(options.side, work)))
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    make_model(work / "teacher", *TEACHER)
+    make_model(work / "student", *STUDENT)
+    for name in ("rows", "recording"):
+        shutil.rmtree(work / name, ignore_errors=True)
+    make_rows(work / "rows", options.data_dir, "qnli", options.rows)
+    let_teacher_solve(work / "teacher", work / "rows")
+    given = ["--data-dir", options.data_dir, "--work", work, "--side"]
+    # The first run makes the recording that the others read.
+    in_process(__file__, [*given, "cached"], threads=THREADS)
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for _ in range(options.rounds):
+        for side in SIDES:
+            found[side].append(in_process(__file__, [*given, side], threads=THREADS))
+    results = {
+        "machine": machine() | {"threads": THREADS},
+        "rows": options.rows,
+        "precision": "bf16" if found["teacher"][0]["bf16"] else "float32",
+        "gigaops_per_second": round(max(x["rate"] for each in found.values() for x in each) / 1e9, 1),
+        "share": {side: round(statistics.median(x["share"] for x in found[side]), 3) for side in SIDES},
+        "shares": {side: [round(x["share"], 3) for x in found[side]] for side in SIDES},
+        "seconds": {side: [round(x["seconds"], 2) for x in found[side]] for side in SIDES},
+    }
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
