@@ -24,7 +24,7 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # On an idle machine. peers.py needs textbrewer==0.2.1.post1 and tensorboardX beside what is installed.
 bench: install
