@@ -19,6 +19,7 @@ demo: install
 	$(BIN)/stillroom finetune --model minilm-l6 --dataset builtin/verdicts --set training.learning_rate=1e-4 -o $(RUN)/teacher
 	$(BIN)/stillroom distill recipes/demo.yaml -o $(RUN)
 	$(BIN)/stillroom export $(RUN) --format onnx-int8
+	$(BIN)/stillroom report $(RUN)
 
 test: install
 	$(BIN)/ruff format --check .
