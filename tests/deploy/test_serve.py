@@ -289,6 +289,8 @@ def test_a_cancelled_request_leaves_the_queue() -> None:
 
 def test_addresses_and_limits_are_checked() -> None:
     with bind("127.0.0.1", 0) as taken:
+        # asyncio turns Nagle's algorithm off for these alone.
+        assert taken.proto == socket.IPPROTO_TCP
         taken.listen()
         with pytest.raises(WrongInput, match="--port"):
             bind("127.0.0.1", taken.getsockname()[1])
