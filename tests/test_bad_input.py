@@ -11,7 +11,8 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from stillroom import durable, run
+from stillroom import distill, durable, encoder, finetune, preflight
+from stillroom.data import sources
 from stillroom.data.tasks import Dataset
 from stillroom.encoder import Encoder, weights_hash
 from stillroom.errors import WrongInput
@@ -28,7 +29,7 @@ def _toy_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def give(monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> None:
     """Let every recipe read this data set."""
-    monkeypatch.setattr(run.sources, "load", lambda settings, splits=(): dataset)
+    monkeypatch.setattr(sources, "load", lambda settings, splits=(): dataset)
 
 
 def recipe(folder: Path, teacher: Encoder | None = None, **given: Any) -> Recipe:
@@ -48,19 +49,19 @@ def recipe(folder: Path, teacher: Encoder | None = None, **given: Any) -> Recipe
 def refuse(given: Recipe, folder: Path, **options: Any) -> str:
     """Return why a run is refused; its folder holds nothing but the lock."""
     with pytest.raises(WrongInput) as caught:
-        run.distill(given, folder, console=QUIET, **options)
+        distill(given, folder, console=QUIET, **options)
     assert [path.name for path in folder.iterdir()] == [durable.LOCK]
     return str(caught.value)
 
 
 def test_a_sound_run_trains(tmp_path: Path) -> None:
     """What the tests below break is sound before."""
-    metrics = run.distill(recipe(tmp_path), tmp_path / "run", console=QUIET)
+    metrics = distill(recipe(tmp_path), tmp_path / "run", console=QUIET)
     assert metrics["train"]["steps"] == 6
 
 
 def test_a_dry_run_tells_what_it_found_and_leaves_no_folder(tmp_path: Path) -> None:
-    found = run.distill(recipe(tmp_path), tmp_path / "run", dry_run=True, console=QUIET)
+    found = distill(recipe(tmp_path), tmp_path / "run", dry_run=True, console=QUIET)
     assert found["steps"] == 6
     assert found["warnings"] == []
     assert found["teacher"]["metrics"]["accuracy"] == 1.0
@@ -70,7 +71,7 @@ def test_a_dry_run_tells_what_it_found_and_leaves_no_folder(tmp_path: Path) -> N
 def test_a_dry_run_finds_what_is_wrong_and_leaves_no_folder(tmp_path: Path) -> None:
     given = recipe(tmp_path, make_teacher(order=(1, 0)))
     with pytest.raises(WrongInput, match=r"read as \[positive, negative\]"):
-        run.distill(given, tmp_path / "run", dry_run=True, console=QUIET)
+        distill(given, tmp_path / "run", dry_run=True, console=QUIET)
     assert not (tmp_path / "run").exists()
 
 
@@ -78,10 +79,10 @@ def test_checks_do_not_change_the_student(tmp_path: Path, monkeypatch: pytest.Mo
     given = recipe(tmp_path, method={"name": "lrc-bert", "negatives": "bank", "vector": "cls"})
     hashes = []
     for name in ("checked", "unchecked"):
-        run.distill(given, tmp_path / name, console=QUIET)
-        student = run.encoder.load(str(tmp_path / name / "student"))
+        distill(given, tmp_path / name, console=QUIET)
+        student = encoder.load(str(tmp_path / name / "student"))
         hashes.append(weights_hash(student.model))
-        monkeypatch.setattr(run.preflight, "check", lambda run, console: {})
+        monkeypatch.setattr(preflight, "check", lambda run, console: {})
     assert hashes[0] == hashes[1]
 
 
@@ -166,9 +167,9 @@ def test_a_full_folder(tmp_path: Path) -> None:
     note.write_text("mine")
     for dry_run in (False, True):
         with pytest.raises(WrongInput, match="new or empty, found .*run.*--resume"):
-            run.distill(given, note.parent, dry_run=dry_run, console=QUIET)
+            distill(given, note.parent, dry_run=dry_run, console=QUIET)
         with pytest.raises(WrongInput, match="new or empty"):
-            run.finetune(teacher_recipe(tmp_path), note.parent, console=QUIET)
+            finetune(teacher_recipe(tmp_path), note.parent, console=QUIET)
     assert note.read_text() == "mine"
 
 
@@ -177,14 +178,14 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     for dry_run in (False, True):
         with pytest.raises(WrongInput, match="found"):
-            run.distill(given, tmp_path / "run", dry_run=dry_run, console=QUIET)
+            distill(given, tmp_path / "run", dry_run=dry_run, console=QUIET)
     assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(WrongInput, match="no run to resume"):
-        run.distill(None, tmp_path / "run", resume=True, console=QUIET)
+        distill(None, tmp_path / "run", resume=True, console=QUIET)
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         assert other.stdout.readline() == b"held\n"
         assert "Another process is writing" in refuse(given, tmp_path / "run")
         with pytest.raises(WrongInput, match="Another process is writing"):
-            run.finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET)
+            finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET)
         other.stdin.close()
     # The lock went with its process.
     with FileLock(lock, timeout=0):
@@ -230,12 +231,12 @@ def test_a_teacher_is_not_trained_on_one_class(
     changed = {**dataset.splits, split: replace(rows, labels=np.zeros_like(rows.labels))}
     give(monkeypatch, replace(dataset, splits=changed))
     with pytest.raises(WrongInput, match=f"labels of {split} .* are the same .negative."):
-        run.finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET)
+        finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET)
     assert [path.name for path in (tmp_path / "run").iterdir()] == [durable.LOCK]
 
 
 def test_a_fresh_head_needs_no_score(tmp_path: Path) -> None:
-    metrics = run.finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET)
+    metrics = finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET)
     assert metrics["train"]["steps"] == 6
 
 
@@ -250,10 +251,10 @@ def test_several_processes_are_refused_before_the_folder_is_made(
     def refused() -> None:
         raise WrongInput("one process")
 
-    monkeypatch.setattr(run.preflight, "require_one_process", refused)
+    monkeypatch.setattr(preflight, "require_one_process", refused)
     for start in (
-        lambda: run.distill(recipe(tmp_path), tmp_path / "run", console=QUIET),
-        lambda: run.finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET),
+        lambda: distill(recipe(tmp_path), tmp_path / "run", console=QUIET),
+        lambda: finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET),
     ):
         with pytest.raises(WrongInput, match="one process"):
             start()
