@@ -45,11 +45,12 @@ TINY = (4, 48, 4), (2, 24, 4)
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with options, and whether every layer's hidden states are read beside its terms."""
+    """A method with options; whether all hidden states are read beside it, or TinyBERT's map stands in."""
 
     method: str
     options: dict[str, object] = field(default_factory=dict)
     reads_hidden_states: bool = False
+    fixed_map: bool = False
 
 
 VARIANTS = {
@@ -57,9 +58,10 @@ VARIANTS = {
     "kd+hidden": Variant("kd", reads_hidden_states=True),
     "codir official": Variant("codir", {"loss": "nce_official", "pooling": "cls"}),
     "codir symmetric": Variant("codir", {"direction": "symmetric"}),
-    # A method's loss with less in it, such as bert-emd with a fixed layer map, is one line here.
+    "bert-emd fixed map": Variant("bert-emd", fixed_map=True),
+    "minilmv2": Variant("minilmv2", {"relation_heads": 12}),
 }
-"""Beside every registered method with its defaults."""
+"""Beside every registered method with its defaults, or instead of them where those do not fit the sizes."""
 
 
 class HiddenStatesRead(Term):
@@ -92,11 +94,22 @@ def model_of(size: tuple[int, int, int], tokenizer: object, dataset: Dataset) ->
 
 def plan_of(variant: Variant, context: Context) -> Plan:
     plan = methods.build(MethodSettings(name=variant.method, **variant.options), context)
+    if variant.fixed_map:
+        return with_fixed_map(plan, context)
     if not variant.reads_hidden_states:
         return plan
     read = HiddenStatesRead(context.student_depth, context.teacher_depth)
     stages = tuple(Stage(s.start, {**s.weights, "read": 0.0}, s.perturb) for s in plan.stages)
     return Plan({**plan.terms, "read": read}, stages, plan.perturbation)
+
+
+def with_fixed_map(plan: Plan, context: Context) -> Plan:
+    """Return BERT-EMD's losses on TinyBERT's pairs of layers: no transport, and autograd's own gradient."""
+    pairs = methods.build(MethodSettings(name="tinybert"), context).terms
+    (stage,) = plan.stages
+    layers = {name: pairs[name] for name in ("attention", "hidden_states")}
+    weights = {"soft": stage.weights["soft"], **dict.fromkeys(layers, stage.weights["layers"])}
+    return Plan({"soft": plan.terms["soft"], **layers}, (Stage(0.0, weights),))
 
 
 def stepper(

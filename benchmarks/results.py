@@ -8,7 +8,8 @@ Teacher: minilm-l6 fine-tuned on each task. Student: its layers 2, 4, 6. Learnin
 fold of SST-2's training rows, for each method (a variant has its method's); the validation split is used
 only to report. Nothing is selected on it: the student is that of the last step. All methods take equally
 many steps. What is done is skipped and a run that was killed goes on, so that a killed measurement
-continues; seed by seed, so that one that is cut short compares what it has.
+continues; seed by seed, so that one that is cut short compares what it has. Several of these, each with
+other --tasks, can share a --work.
 """
 
 import argparse
@@ -22,15 +23,34 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from rich.console import Console
 
-from stillroom import Comparison, FinetuneRecipe, compare, finetune
+from stillroom import Comparison, FinetuneRecipe, compare, durable, finetune
+from stillroom.run import generator
+from stillroom.training import masked_lm
 
 SEEDS = (0, 1, 2)
 RATES = (5e-5, 1e-4, 3e-4)
 STUDENT = "layers:2,4,6"
 
-METHODS = ("none", "kd", "lrc-bert", "codir", "bert-emd")
-"""In the order of the tables; the first is the control."""
+METHODS: dict[str, dict[str, object]] = {
+    "none": {"name": "none"},
+    "kd": {"name": "kd"},
+    "lrc-bert": {"name": "lrc-bert"},
+    "lrc-bert, tensor norm": {"name": "lrc-bert", "perturbation_norm": "tensor"},
+    "codir": {"name": "codir"},
+    "bert-emd": {"name": "bert-emd"},
+    "angular-emd": {"name": "angular-emd"},
+    "cilda": {"name": "cilda", "generator": "GENERATOR"},
+    "mate-kd": {"name": "mate-kd", "generator": "GENERATOR"},
+    "pkd": {"name": "pkd"},
+    "tinybert": {"name": "tinybert"},
+    "minilm": {"name": "minilm"},
+    "minilmv2": {"name": "minilmv2"},
+    "rail-kd": {"name": "rail-kd"},
+    "distilbert": {"name": "distilbert"},
+}
+"""In the order of the tables; the first is the control. `GENERATOR` is made once, from SST-2's text."""
 
 ABLATIONS: dict[str, dict[str, object]] = {
     "without COS-NCE": {"name": "lrc-bert", "alpha": 0},
@@ -38,7 +58,6 @@ ABLATIONS: dict[str, dict[str, object]] = {
     "without hard labels": {"name": "lrc-bert", "gamma": 0},
     "without perturbation": {"name": "lrc-bert", "perturbation": "off"},
     "one stage": {"name": "lrc-bert", "switch": 0},
-    "perturbation of the whole tensor": {"name": "lrc-bert", "perturbation_norm": "tensor"},
     "perturbation in stage 2 only": {"name": "lrc-bert", "perturbation": "second"},
 }
 
@@ -47,22 +66,23 @@ ABLATIONS: dict[str, dict[str, object]] = {
 class Plan:
     """How much of a task fits the time: epochs, and rows where a subset is used."""
 
-    teacher_epochs: int
+    teacher_epochs: float
     epochs: float
-    teacher_rate: float = 5e-5
+    teacher_rate: float = 1e-4
     train_rows: int | None = None
     ablate: bool = False
 
 
 TASKS = {
-    "sst2": Plan(teacher_epochs=1, epochs=1, train_rows=10_000),
-    "qnli": Plan(teacher_epochs=2, epochs=1, train_rows=4_000),
-    "cola": Plan(teacher_epochs=3, epochs=1, ablate=True),
-    "mrpc": Plan(teacher_epochs=3, epochs=1, ablate=True),
-    "stsb": Plan(teacher_epochs=3, epochs=1, ablate=True),
+    "sst2": Plan(teacher_epochs=1, epochs=2, teacher_rate=5e-5, train_rows=10_000),
+    "qnli": Plan(teacher_epochs=3, epochs=2),
+    "cola": Plan(teacher_epochs=5, epochs=3, ablate=True),
+    "mrpc": Plan(teacher_epochs=5, epochs=5, ablate=True),
+    "stsb": Plan(teacher_epochs=5, epochs=5, ablate=True),
 }
-BATCH_SIZE = 16
-FOLD = Plan(teacher_epochs=2, epochs=1, teacher_rate=1e-4)
+BATCH_SIZE = 32
+GENERATOR_EPOCHS = 10
+FOLD = Plan(teacher_epochs=2, epochs=1)
 
 
 @dataclass(frozen=True)
@@ -76,19 +96,32 @@ class Measurement:
     methods: Sequence[str]
     seeds: Sequence[int]
 
-    def run(self) -> None:
-        """Do what is missing: tuning and teachers first, then seed by seed."""
-        self.teacher("tuning", {"name": str(make_fold(self.work, self.data_dir))}, FOLD)
+    def prepare(self) -> None:
+        """Make what is missing of teachers and generator, and tune."""
+        fold = {"name": str(make_fold(self.work, self.data_dir))}
+        self.teacher("tuning", fold, FOLD)
         for task, plan in self.tasks.items():
             self.teacher(task, self.data(task), plan)
-        rates = self.tune()
-        print("learning rates", rates, flush=True)
-        for seed in self.seeds:
-            for task in self.tasks:
-                self.compare(task, {name: {"name": name} for name in self.methods}, rates, seed)
-            for task, plan in self.tasks.items():
-                if plan.ablate and "lrc-bert" in self.methods:
-                    self.compare(task, ABLATIONS, rates, seed)
+        variants = self.variants({name: METHODS[name] for name in self.methods})
+        tried = {f"{name} {rate:g}": (method, rate) for rate in RATES for name, method in variants.items()}
+        wanted = self.comparison("tuning", fold, tried, FOLD.epochs, [0])
+        compare(wanted, self.work / "tuning" / "compare", workers=self.workers)
+
+    def run(self) -> None:
+        """Do what is missing, each task seed by seed."""
+        for task, plan in self.tasks.items():
+            chosen = {name: METHODS[name] for name in self.methods}
+            if plan.ablate and "lrc-bert" in self.methods:
+                chosen |= ABLATIONS
+            rates = self.rates()
+            rated = {
+                name: (method, rates.get(name, rates.get("lrc-bert", 0.0)))
+                for name, method in self.variants(chosen).items()
+            }
+            wanted = self.comparison(task, self.data(task), rated, plan.epochs, self.seeds)
+            started = time.perf_counter()
+            compare(wanted, self.folder(task), workers=self.workers)
+            print(task, f"{time.perf_counter() - started:.0f} s", flush=True)
 
     def data(self, task: str) -> dict[str, Any]:
         """Return the section `dataset` of a task."""
@@ -100,21 +133,48 @@ class Measurement:
     def teacher(self, name: str, data: dict[str, Any], plan: Plan) -> None:
         """Fine-tune the teacher, on all rows, unless that is done."""
         folder = self.work / name / "teacher"
-        if (folder / "metrics.json").exists():
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        whole = {key: value for key, value in data.items() if key != "train_rows"}
-        training = {
-            "epochs": plan.teacher_epochs,
-            "learning_rate": plan.teacher_rate,
-            "select": "last",
+        with durable.locked(self.work / name, wait=True):
+            if (folder / "metrics.json").exists():
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            whole = {key: value for key, value in data.items() if key != "train_rows"}
+            training = {
+                "epochs": plan.teacher_epochs,
+                "learning_rate": plan.teacher_rate,
+                "select": "last",
+            }
+            recipe = FinetuneRecipe.load(model="minilm-l6", dataset=whole, training=training)
+            found = finetune(recipe, folder)
+            print("teacher", name, found["model"]["metrics"], flush=True)
+
+    def variants(self, chosen: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+        """Return the methods' options, with the generator's folder for those that need one."""
+        if not any("generator" in options for options in chosen.values()):
+            return chosen
+        place = self.work / "generator"
+        with durable.locked(self.work / "tuning", wait=True):
+            if not (place / "metrics.json").exists():
+                shutil.rmtree(place, ignore_errors=True)
+                text = self.work / "tuning" / "text.txt"
+                rows = pq.read_table(self.work / "tuning" / "fold" / "train.parquet")["sentence"]
+                text.write_text("\n".join(rows.to_pylist()), encoding="utf-8")
+                settings = masked_lm.Settings(epochs=GENERATOR_EPOCHS)
+                found = generator.make(
+                    "minilm-l6", generator.read_texts([text]), place, settings, Console(stderr=True)
+                )
+                print("generator", found, flush=True)
+        return {
+            name: {key: str(place) if key == "generator" else value for key, value in options.items()}
+            for name, options in chosen.items()
         }
-        recipe = FinetuneRecipe.load(model="minilm-l6", dataset=whole, training=training)
-        found = finetune(recipe, folder)
-        print("teacher", name, found["model"]["metrics"], flush=True)
 
     def comparison(
-        self, name: str, data: dict[str, Any], variants: dict[str, Any], epochs: float, seed: int
+        self,
+        name: str,
+        data: dict[str, Any],
+        variants: dict[str, Any],
+        epochs: float,
+        seeds: Sequence[int],
     ) -> Comparison:
         """Return the comparison of methods with options, each with a learning rate of its own."""
         training = {
@@ -127,7 +187,7 @@ class Measurement:
             teacher=str(self.work / name / "teacher"),
             dataset=data,
             students=[STUDENT],
-            seeds=[seed],
+            seeds=list(seeds),
             training=training,
             methods={
                 key: {"method": method, "training": {"learning_rate": rate}}
@@ -135,15 +195,13 @@ class Measurement:
             },
         )
 
-    def tune(self) -> dict[str, float]:
-        """Return the best learning rate on the fold for each method."""
-        tried = {f"{name} {rate:g}": ({"name": name}, rate) for rate in RATES for name in self.methods}
-        data = {"name": str(make_fold(self.work, self.data_dir))}
-        wanted = self.comparison("tuning", data, tried, FOLD.epochs, 0)
-        compare(wanted, self.work / "tuning" / "compare", workers=self.workers)
+    def rates(self) -> dict[str, float]:
+        """Return the best learning rate on the fold for each method that was tuned."""
         scores = self.tuning()
         return {
-            name: max(RATES, key=lambda rate: (scores[f"{name} {rate:g}"], rate)) for name in self.methods
+            name: max(RATES, key=lambda rate: (scores[f"{name} {rate:g}"], rate))
+            for name in METHODS
+            if all(f"{name} {rate:g}" in scores for rate in RATES)
         }
 
     def tuning(self) -> dict[str, float]:
@@ -155,28 +213,15 @@ class Measurement:
         """Return where a task's comparison is kept."""
         return self.work / task / f"compare-{self.tasks[task].epochs:g}-epochs"
 
-    def compare(
-        self, task: str, variants: dict[str, dict[str, object]], rates: dict[str, float], seed: int
-    ) -> None:
-        """Do what is missing of these variants of methods on a task, from one seed."""
-        rated = {name: (method, rates[str(method["name"])]) for name, method in variants.items()}
-        wanted = self.comparison(task, self.data(task), rated, self.tasks[task].epochs, seed)
-        started = time.perf_counter()
-        compare(wanted, self.folder(task), workers=self.workers)
-        print(task, "seed", seed, f"{time.perf_counter() - started:.0f} s", flush=True)
-
     def figures(self) -> dict[str, Any]:
         """Return every figure of what is done."""
-        scores = self.tuning()
-        tried = [name for name in self.methods if f"{name} {RATES[0]:g}" in scores]
-        rates = {name: max(RATES, key=lambda rate: (scores[f"{name} {rate:g}"], rate)) for name in tried}
         found: dict[str, Any] = {
             "settings": {
-                "rates": rates,
+                "rates": self.rates(),
                 "batch_size": BATCH_SIZE,
                 "tasks": {task: asdict(plan) for task, plan in self.tasks.items()},
             },
-            "tuning": scores,
+            "tuning": self.tuning(),
             "tasks": {},
         }
         for task in self.tasks:
@@ -185,17 +230,18 @@ class Measurement:
             compared = read(self.folder(task))
             found["environment"] = compared["environment"]
             made = compared["students"][STUDENT]
+            metric = compared["metric"]
             found["tasks"][task] = {
-                "metric": compared["metric"],
+                "metric": metric,
                 "teacher": compared["teacher"],
                 "student": {key: value for key, value in made.items() if key not in ("methods", "control")},
                 "students": {
                     name: {
                         "seeds": one["seeds"],
-                        "mean": one["mean"][compared["metric"]],
-                        "spread": (one["standard_deviation"] or {}).get(compared["metric"]),
+                        "mean": one["mean"][metric],
+                        "spread": (one["standard_deviation"] or {}).get(metric),
                         "retained": one["retained"],
-                        "against_control": one.get("against_control", {}).get(compared["metric"]),
+                        "against_control": one.get("against_control", {}).get(metric),
                         "seconds": one["seconds"],
                         "steps": one["steps"],
                     }
@@ -213,11 +259,13 @@ def make_fold(work: Path, data_dir: Path) -> Path:
     """Write 10,000 of SST-2's training rows as two files: every fifth is the fold to tune on."""
     folder = work / "tuning" / "fold"
     folder.mkdir(parents=True, exist_ok=True)
-    table = pq.read_table(data_dir / "glue" / "sst2" / "train.parquet").select(["sentence", "label"])
-    drawn = np.random.default_rng(1).choice(table.num_rows, 10_000, replace=False)
-    for name, chosen in (("train", np.arange(10_000) % 5 != 0), ("validation", np.arange(10_000) % 5 == 0)):
-        if not (folder / f"{name}.parquet").exists():
-            pq.write_table(table.take(drawn[chosen]), folder / f"{name}.parquet")
+    with durable.locked(work / "tuning", wait=True):
+        table = pq.read_table(data_dir / "glue" / "sst2" / "train.parquet").select(["sentence", "label"])
+        drawn = np.random.default_rng(1).choice(table.num_rows, 10_000, replace=False)
+        tenths = np.arange(10_000) % 5
+        for name, chosen in (("train", tenths != 0), ("validation", tenths == 0)):
+            if not (folder / f"{name}.parquet").exists():
+                pq.write_table(table.take(drawn[chosen]), folder / f"{name}.parquet")
     return folder
 
 
@@ -228,25 +276,24 @@ def names_in(found: dict) -> list[str]:
 
 def markdown(found: dict) -> str:
     """Return the tables of docs/results.md."""
-    names = names_in(found)
-    lines = ["| task (metric) | teacher | " + " | ".join(names) + " | kept: " + ", ".join(names) + " |"]
-    lines.append("|---|---|" + "---|" * (len(names) + 1))
-    for task, entry in found["tasks"].items():
-        metric = entry["metric"]
-        students = [entry["students"].get(name) for name in names]
-        kept = ", ".join("-" if student is None else f"{student['retained']:.1%}" for student in students)
-        cells = [f"{task} ({metric})", f"{100 * entry['teacher']['metrics'][metric]:.1f}"]
-        lines.append("| " + " | ".join([*cells, *map(cell, students), kept]) + " |")
-    if any(
-        one.get("against_control") for task in found["tasks"].values() for one in task["students"].values()
-    ):
-        lines += ["", "| minus none | " + " | ".join(names[1:]) + " |", "|---|" + "---|" * (len(names) - 1)]
-        for task, entry in found["tasks"].items():
-            cells = [difference(entry["students"].get(name)) for name in names[1:]]
-            lines.append(f"| {task} ({entry['metric']}) | " + " | ".join(cells) + " |")
-    tasks = [task for task in found["tasks"] if TASKS[task].ablate]
+    tasks, names = found["tasks"], names_in(found)
+    heads = [f"{task} ({entry['metric']})" for task, entry in tasks.items()]
+    rule = "|---|" + "---|" * len(tasks)
+    lines = ["| | " + " | ".join(heads) + " | kept |", rule + "---|"]
+    teacher = [f"{100 * entry['teacher']['metrics'][entry['metric']]:.1f}" for entry in tasks.values()]
+    lines.append("| teacher | " + " | ".join(teacher) + " | 100 % |")
+    for name in names:
+        students = [entry["students"].get(name) for entry in tasks.values()]
+        kept = [student["retained"] for student in students if student is not None]
+        share = f"{100 * sum(kept) / len(kept):.1f} %" if len(kept) == len(tasks) else "-"
+        lines.append(f"| {name} | " + " | ".join(map(cell, students)) + f" | {share} |")
+    lines += ["", "| minus none | " + " | ".join(heads) + " |", rule]
+    for name in names[1:]:
+        cells = [difference(entry["students"].get(name)) for entry in tasks.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    tasks = [task for task in tasks if TASKS[task].ablate]
     lines += ["", "| variant | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
-    for name in ["lrc-bert", *ABLATIONS, "kd", "none"]:
+    for name in ["lrc-bert", *ABLATIONS, "lrc-bert, tensor norm", "kd", "none"]:
         students = [found["tasks"][task]["students"].get(name) for task in tasks]
         lines.append(f"| {name} | " + " | ".join(map(cell, students)) + " |")
     return "\n".join(lines)
@@ -275,9 +322,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/results"))
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of these: %(default)s")
-    parser.add_argument("--methods", default=",".join(METHODS), help="of these: %(default)s")
+    parser.add_argument("--methods", help=f"of these: {'; '.join(METHODS)}; separated by semicolons")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="default: %(default)s")
     parser.add_argument("--epochs", type=float, help="for all tasks; default: the script's, for each")
+    parser.add_argument("--prepare", action="store_true", help="teachers and tuning only")
     parser.add_argument("--json", action="store_true", help="print the figures of what is done")
     parser.add_argument("--markdown", action="store_true", help="print the committed figures as tables")
     options = parser.parse_args()
@@ -292,13 +340,15 @@ def main() -> None:
         options.data_dir.absolute(),
         options.workers,
         tasks,
-        options.methods.split(","),
+        options.methods.split(";") if options.methods else list(METHODS),
         [int(seed) for seed in options.seeds.split(",")],
     )
     if options.json:
         print(json.dumps(measurement.figures(), indent=2))
         return
-    measurement.run()
+    measurement.prepare()
+    if not options.prepare:
+        measurement.run()
 
 
 if __name__ == "__main__":
