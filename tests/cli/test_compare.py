@@ -215,10 +215,25 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(workspace: Workspace,
     assert list(found["students"]["layers:2,4"]["methods"]) == [VARIANT]
 
 
-def test_python_refuses_no_worker(tmp_path: Path) -> None:
+def test_python_refuses_less_than_no_worker(tmp_path: Path) -> None:
     comparison = Comparison.load(teacher="t", dataset="d", methods=["none"])
-    with pytest.raises(WrongInput, match="at least one worker"):
-        compare(comparison, tmp_path, workers=0)
+    with pytest.raises(WrongInput, match="0 to compare what is done"):
+        compare(comparison, tmp_path, workers=-1)
+
+
+def test_without_workers_only_what_is_done_is_compared(
+    workspace: Workspace, compared: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(compared[0], folder)
+    (folder / "compare.json").unlink()
+    runs = sorted(folder.glob("runs/*/*/*"))
+    shutil.rmtree(runs[-1])
+    stderr = run(*command(workspace, folder, "--workers", "0"), code=1).stderr
+    assert f"1 of {len(runs)} runs are not done" in stderr
+    found = json.loads((folder / "compare.json").read_text())["students"]["layers:2,4"]["methods"]
+    assert sum(len(one["seeds"]) for one in found.values()) == len(runs) - 1
+    assert not runs[-1].exists()
 
 
 def test_short_forms_stand_for_long_ones() -> None:

@@ -80,8 +80,8 @@ def compare(
         int,
         typer.Option(
             metavar="N",
-            min=1,
-            help="Processes of one thread each; 1 trains here with all threads.",
+            min=0,
+            help="Processes of one thread each; 1 trains here with all threads, 0 compares what is done.",
             rich_help_panel=frame.RUN,
         ),
     ] = 1,

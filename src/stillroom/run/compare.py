@@ -93,8 +93,9 @@ def compare(
         comparison: What to compare. The folder may already hold other methods, students and seeds of
             the same comparison: they stay, and are in the result.
         output: The folder.
-        workers: Processes of one thread each; 1 trains in this process, with all its threads. A script
-            needs `if __name__ == "__main__":` around a call with more than one.
+        workers: Processes of one thread each; 1 trains in this process, with all its threads; 0 trains
+            nothing, and compares what is done. A script needs `if __name__ == "__main__":` around a call
+            with more than one.
         storage: URL of the database that hands out the runs, for machines whose shared file system has
             no locks that SQLite can use; by default an SQLite file in the folder.
         keep_students: Keep each student beside its figures.
@@ -121,8 +122,8 @@ def compare(
     console = console or Console(stderr=True)
     folder = Path(output)
     preflight.require_one_process()
-    if workers < 1:
-        raise WrongInput(f"Expected at least one worker, found {workers}.")
+    if workers < 0:
+        raise WrongInput(f"Expected a number of workers, 0 to compare what is done, found {workers}.")
     comparison = resolve(comparison)
     worker = functools.partial(_Worker, folder=folder, storage=storage, keep_students=keep_students)
     with durable.locked(folder, wait=True):
@@ -131,8 +132,9 @@ def compare(
         common = Common.load(_any_recipe(comparison), console)
         everything = _join(folder, comparison, common, console)
         here = worker(comparison=comparison, common=common, logits=_teacher_logits(folder, common))
-        here.enqueue()
-    if here.missing():
+        if workers:
+            here.enqueue()
+    if here.missing() and workers:
         if workers > 1:
             _in_processes(workers, folder, comparison, storage, keep_students)
         else:
