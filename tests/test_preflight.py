@@ -483,8 +483,14 @@ def test_two_tokenizers_are_refused_where_states_are_aligned(tmp_path: Path) -> 
     assert "method=kd" in text
 
 
-def test_two_tokenizers_are_welcome_where_only_logits_meet(tmp_path: Path) -> None:
-    run = make_run(tmp_path, student=split_student(), method="kd")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("kd", {}), ("lrc-bert", {"vector": "cls"}), ("lrc-bert", {"vector": "mean", "negatives": "bank"})],
+)
+def test_two_tokenizers_are_welcome_where_only_logits_or_whole_texts_meet(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    run = make_run(tmp_path, student=split_student(), method=method, options=options)
     assert not run.tokens.alike
     assert check(run)["warnings"] == []
     assert set(check(run)["truncated"]) == {"student", "teacher"}

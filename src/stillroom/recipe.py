@@ -86,7 +86,9 @@ class TrainingSettings(Settings):
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Batches whose gradients are averaged into one optimiser step."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    """Peak learning rate, reached after warm-up, then falling linearly to zero."""
+    """Peak learning rate, reached after warm-up."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """After warm-up the rate falls linearly to zero, or stays."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the steps over which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -99,6 +101,8 @@ class TrainingSettings(Settings):
     """Seed of row order, dropout and everything that starts at random."""
     evaluate_every: Annotated[float, Field(gt=0)] = 1.0
     """Epochs between two evaluations on the validation split."""
+    evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two evaluations, in place of `evaluate_every`. One comes at the end, too."""
     select: Literal["best", "last"] = "best"
     """Keep the student of the best evaluation, or of the last step."""
     patience: Annotated[int, Field(ge=1)] | None = None

@@ -114,6 +114,12 @@ def test_learning_rate_rises_and_falls_linearly(epochs: int, warmup: float) -> N
         assert found.learning_rate(found.steps) == 0
 
 
+def test_a_constant_learning_rate_stays_after_its_rise() -> None:
+    # Ten steps, of which two warm up.
+    found = schedule(lengths=np.full(80, 5), epochs=1, warmup=0.2, learning_rate=3.0, schedule="constant")
+    assert [found.learning_rate(step) for step in range(10)] == pytest.approx([1.0, 2.0] + [3.0] * 8)
+
+
 @pytest.mark.parametrize("epochs", [1, 3, 18, 75])
 def test_evaluation_comes_at_the_end_of_every_epoch(epochs: int) -> None:
     found = schedule(lengths=np.full(56, 5), epochs=epochs, evaluate_every=1)
@@ -131,6 +137,14 @@ def test_evaluation_comes_within_epochs_and_always_at_the_end() -> None:
     assert every == set(range(1, 11))
 
 
+def test_evaluation_can_count_steps() -> None:
+    lengths = np.full(80, 5)
+    found = schedule(lengths=lengths, epochs=2.5, evaluate_every_steps=6)
+    assert found.evaluation_steps == {6, 12, 18, 24, 25}
+    assert schedule(lengths=lengths, epochs=1, evaluate_every_steps=5).evaluation_steps == {5, 10}
+    assert schedule(lengths=lengths, epochs=1, evaluate_every_steps=99).evaluation_steps == {10}
+
+
 def test_epochs_done_are_counted_in_batches() -> None:
     found = schedule(lengths=np.full(80, 5), epochs=2.5)
     assert [found.epoch(step) for step in (0, 5, 10, 15, 20, 25)] == [0, 0.5, 1, 1.5, 2, 2.5]
@@ -143,6 +157,32 @@ def test_stages_follow_each_other_at_their_steps() -> None:
     stages = [found.stage(step) for step in range(10)]
     assert [number for number, _ in stages] == [1] * 3 + [2] * 5 + [3] * 2
     assert [stage.weights["hard"] for _, stage in stages] == [1.0] * 3 + [2.0] * 5 + [3.0] * 2
+
+
+@pytest.mark.parametrize(
+    ("starts", "steps", "numbers"),
+    [
+        ((0.0, 0.8), 2, [1, 2]),
+        ((0.0, 0.1), 3, [1, 2, 2]),
+        ((0.0, 0.95), 3, [1, 1, 2]),
+        ((0.0, 0.1, 0.2), 3, [1, 2, 3]),
+        ((0.0, 0.8, 0.9), 4, [1, 1, 2, 3]),
+        ((0.0, 0.5, 0.6), 2, [1, 2]),
+        ((0.0, 1.0), 3, [1, 1, 1]),
+    ],
+)
+def test_no_stage_of_a_short_training_is_skipped(
+    starts: tuple[float, ...], steps: int, numbers: list[int]
+) -> None:
+    found = schedule(*starts, lengths=np.full(8 * steps, 5), epochs=1)
+    assert [found.stage(step)[0] for step in range(steps)] == numbers
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "items", "training", "a.b", ""])
+def test_a_term_is_not_named_like_a_part_of_torchs_module(name: str) -> None:
+    """`nn.ModuleDict` raises KeyError for these, in the middle of a run's start."""
+    with pytest.raises(ValueError, match=f"expected names of terms .* found '{name}'"):
+        Plan({name: HardLabels("classification")}, (Stage(0.0, {name: 1.0}),))
 
 
 # Training

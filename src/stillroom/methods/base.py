@@ -134,6 +134,14 @@ class Plan:
     augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
+        # Terms become parts of a module, beside its attributes, and columns of the log.
+        taken = nn.ModuleDict()
+        wrong = [name for name in self.terms if not name or "." in name or hasattr(taken, name)]
+        if wrong:
+            raise ValueError(
+                f"expected names of terms such as soft, found {', '.join(map(repr, wrong))}, which a torch "
+                "module cannot have as parts: empty, with a dot, or attributes of its own. Rename them"
+            )
         starts = [stage.start for stage in self.stages]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError(f"stages must start at 0 and rise, found {starts}")

@@ -70,12 +70,12 @@ class CosNCE(Term):
     bank: Tensor
     bank_labels: Tensor
 
-    same_tokens = True
     least_rows = 2
 
     def __init__(self, settings: LRCBertSettings, context: Context, layers: tuple[int, ...]):
         super().__init__()
         self.settings = settings
+        self.same_tokens = settings.vector == "token"
         self.classification = context.kind == "classification"
         self.student_layers = tuple(range(1, len(layers) + 1))
         self.teacher_layers = layers

@@ -91,13 +91,19 @@ class Schedule:
         counts[-1] = max(1, round(counts[-1] * last))
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self.steps = math.ceil(int(self._starts[-1]) / settings.accumulation)
-        self._stages = [(round(stage.start * self.steps), stage) for stage in plan.stages]
+        self._stages = list(zip(_first_steps(plan.stages, self.steps), plan.stages, strict=True))
         evaluations = math.ceil(settings.epochs / settings.evaluate_every)
-        self.evaluation_steps = {
-            # Multiplied before it is divided: whole epochs come out exact.
-            min(self.steps, math.ceil(self.steps * (i + 1) * settings.evaluate_every / settings.epochs))
-            for i in range(evaluations)
-        } | {self.steps}
+        steps = settings.evaluate_every_steps
+        self.evaluation_steps = (
+            set(range(steps, self.steps, steps))
+            if steps
+            else {
+                # Multiplied before it is divided: whole epochs come out exact.
+                min(self.steps, math.ceil(self.steps * (i + 1) * settings.evaluate_every / settings.epochs))
+                for i in range(evaluations)
+            }
+        )
+        self.evaluation_steps.add(self.steps)
 
     def stage(self, step: int) -> tuple[int, Stage]:
         """Return the number (from 1) and the stage of a step (from 0)."""
@@ -105,9 +111,11 @@ class Schedule:
         return number + 1, self._stages[number][1]
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of a step (from 0): a linear rise, then a linear fall to zero."""
+        """Return the rate of a step (from 0): a linear rise, then a linear fall to zero, or none."""
         warmup = round(self._settings.warmup * self.steps)
         rise = (step + 1) / (warmup + 1)
+        if self._settings.schedule == "constant":
+            return self._settings.learning_rate * min(rise, 1.0)
         fall = (self.steps - step) / max(1, self.steps - warmup)
         return self._settings.learning_rate * min(rise, fall, 1.0)
 
@@ -144,6 +152,17 @@ class Schedule:
             batch_size=s.batch_size,
             max_tokens=s.max_tokens,
         )
+
+
+def _first_steps(stages: Sequence[Stage], steps: int) -> list[int]:
+    """Return where each stage starts: at its share of the steps, or where all stages get one.
+
+    Where there are fewer steps than stages, the last stages start when training is over.
+    """
+    return [
+        max(i, min(round(stage.start * steps), steps - (len(stages) - i))) if stage.start < 1 else steps
+        for i, stage in enumerate(stages)
+    ]
 
 
 def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = None) -> Trained:
