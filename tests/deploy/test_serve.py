@@ -1,6 +1,7 @@
 """The server: the model's own answers, to whom they belong, and a clear refusal of all else."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from rich.console import Console
 from exports import Exported
 from serving import SECONDS, post, request, serving
 from stillroom import encoder
+from stillroom.deploy import serve
 from stillroom.deploy.batcher import Batcher, QueueFull
 from stillroom.deploy.predictor import Predictor
 from stillroom.deploy.serve import Limits, bind, is_loopback
@@ -186,6 +188,42 @@ def test_a_body_without_a_stated_length_is_cut_off(port: int) -> None:
         assert b" 413 " in raw.recv(1000)
 
 
+def test_clients_that_dawdle_are_cut_off_and_hold_nobody_up(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow bodies get 408, connections that never ask are closed, dripping bytes buys no time."""
+    monkeypatch.setattr(serve, "_HEAD_SECONDS", 0.6)
+    monkeypatch.setattr(serve, "_BODY_SECONDS", 0.6)
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    with serving(predictor, max_wait_ms=0) as port, contextlib.ExitStack() as stack:
+
+        def connect(sent: bytes) -> socket.socket:
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=SECONDS))
+            raw.sendall(sent)
+            return raw
+
+        silent, half_head, half_body = connect(b""), connect(head), connect(head + b"\r\n{")
+        many = [connect(b"POST /pre") for _ in range(40)]
+        dripping = connect(b"P")
+        started = time.monotonic()
+        for byte in b"OST /predict HTTP":
+            # Between the drops others are served.
+            assert post(port, {"texts": ["a good film"]})[0] == 200
+            with contextlib.suppress(OSError):
+                dripping.sendall(bytes([byte]))
+            time.sleep(0.06)
+        assert half_body.recv(1000).startswith(b"HTTP/1.1 408 ")
+        for raw in (silent, half_head, dripping, *many):
+            with contextlib.suppress(ConnectionResetError):
+                assert raw.recv(1000) == b""
+        assert time.monotonic() - started < SECONDS / 2
+        # A connection that was answered may ask again, but then dawdle no more than a new one.
+        again = connect(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert again.recv(1000).startswith(b"HTTP/1.1 200 ")
+        again.sendall(b"GET /hea")
+        assert again.recv(1000) == b""
+
+
 def test_no_texts_are_no_answers_and_long_ones_are_cut(port: int) -> None:
     assert post(port, {"texts": []}) == (200, {"answers": []})
     status, found = post(port, {"texts": ["good " * 20_000, "", "good"]})
@@ -302,18 +340,28 @@ def test_addresses_and_limits_are_checked() -> None:
             Limits(**wrong)
 
 
-def test_the_command_serves_and_stops(exported: Exported) -> None:
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_the_command_serves_answers_what_it_took_and_stops(
+    exported: Exported, stop: signal.Signals, code: int
+) -> None:
     command = [sys.executable, "-m", "stillroom.cli", "serve", str(exported.folder), "--port", "0"]
+    # Whoever asks waits a second for others: in the meantime the server is told to stop.
+    command += ["--max-wait-ms", "1000"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stderr is not None
             line = process.stderr.readline()
             port = int(re.search(r"http://127\.0\.0\.1:(\d+)", line)[1])  # type: ignore[index]
-            assert post(port, {"texts": ["a good film"]})[0] == 200
-            process.send_signal(signal.SIGINT)
-            assert process.wait(SECONDS) == 130
-            assert "stopped" in process.stderr.read()
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(post, port, {"texts": ["a good film"]})
+                while b"stillroom_waiting_texts 1.0" not in request(port, "GET", "/metrics")[1]:
+                    time.sleep(0.01)
+                process.send_signal(stop)
+                status, found = asked.result(SECONDS)
+            assert status == 200 and len(found["answers"]) == 1
+            assert process.wait(SECONDS) == code
+            assert process.stderr.read().count("The server has stopped.") == 1
         finally:
             process.kill()
 

@@ -5,10 +5,12 @@ Needs the extra `serve`.
 
 import asyncio
 import ipaddress
+import signal
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from prometheus_client.exposition import CONTENT_TYPE_LATEST
     from starlette.exceptions import HTTPException as StarletteHTTPException
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 except ImportError as error:
     raise WrongInput(
         f"Serving needs the package {error.name}, which is not installed. Run "
@@ -40,7 +43,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Text = str | tuple[str, str]
 
-_BODY_SECONDS = 30
+_HEAD_SECONDS = _BODY_SECONDS = 30
+"""How long a connection may take for its request line and headers, and then for its body."""
 _GRACE_SECONDS = 10
 """How long requests that are being answered may still take once the server is to stop."""
 
@@ -371,11 +375,69 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class _Impatient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """Closes a connection that does not ask in time; uvicorn itself would keep it for ever."""
+
+    _limit: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(error)
+
+    def _watch(self) -> None:
+        """Let time run while no request is whole; it does not start anew with each byte."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._limit is None:
+            self._limit = self.loop.call_later(_HEAD_SECONDS, self._close)
+
+    def _stop(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+
+    def _close(self) -> None:
+        # A request may have been read and answered since.
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 def make_server(app: FastAPI) -> uvicorn.Server:
     """Return the server of an application: `serve(sockets=[bind(host, port)])` runs it."""
     return uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS)
+        uvicorn.Config(
+            app,
+            http=_Impatient,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+        )
     )
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the server as asked for, and not the process as killed.
+
+    uvicorn raises the signal again when all is answered. Elsewhere than in the main thread there are no
+    handlers to set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def serve(
@@ -422,4 +484,6 @@ def serve(
             markup=False,
             highlight=False,
         )
-        make_server(make_app(predictor, model, limits)).run(sockets=[listening])
+        with _ended_by_sigterm():
+            make_server(make_app(predictor, model, limits)).run(sockets=[listening])
+        console.print("The server has stopped.")
