@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 from typer.testing import CliRunner
@@ -20,6 +19,7 @@ from workspace import FAST, Workspace
 
 from stillroom import Comparison, WrongInput, compare
 from stillroom.cli import app
+from stillroom.evaluation import predictions
 from stillroom.run.compare import _study as handing_out
 
 TIMES = {"seconds", "examples_per_second", "ms_per_example", "environment"}
@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_runs(workspace: Workspace, compared: tuple[Pat
         right = []
         for seed in (0, 1):
             place = folder / "runs" / "layers-2-4" / name.replace(":", "-") / str(seed)
-            said = np.load(place / "logits.npy", allow_pickle=False).argmax(1)
+            said = predictions.load(place / "predictions.parquet").logits["student"].argmax(1)
             right.append(sum(int(a) == b for a, b in zip(said, labels, strict=True)) / len(labels))
             assert one["seeds"][str(seed)]["accuracy"] == pytest.approx(right[-1])
             assert {path.name for path in place.iterdir() if path.is_dir()} == set()

@@ -5,6 +5,7 @@ import re
 from html import unescape
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from made_run import HOSTILE, make_run
 from stillroom import WrongInput
 from stillroom.data.tasks import Kind
 from stillroom.recipe import Recipe
-from stillroom.report import facts, pictures
+from stillroom.report import comparison, facts, flow, pictures
 from stillroom.report.page import write
-from stillroom.report.sources import read_run
+from stillroom.report.sources import read_comparison, read_run
 
 SECTIONS = {
     "costs",
@@ -160,20 +161,59 @@ def test_pictures_have_the_pages_colours_only(tmp_path: Path) -> None:
     assert "<metadata" not in picture.svg and "font-family" not in picture.svg
 
 
-def test_flows_are_the_last_logged_with_their_masses(tmp_path: Path) -> None:
-    ((picture, table),) = facts.flows(read_run(make_run(tmp_path / "run")))
-    assert "layers: hidden states" in picture.caption and table.caption.endswith("EMD 0.025")
+def log_of_flows(folder: Path, *flows: list[list[float]]) -> Path:
+    """Write the log of a training that recorded these flows, one after the other."""
+    folder.mkdir()
+    lines = [
+        {"step": i, "record": {"layers": {"hidden_states": {"emd": float(i), "flow": each}}}}
+        for i, each in enumerate(flows, start=1)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_flow_is_the_mean_of_the_logged_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in lines[:10]:
+        # The other half of the steps sends what the first half keeps.
+        if "record" in line:
+            line["record"]["layers"]["hidden_states"]["flow"] = [[0.1, 0.3, 0.0], [0.2, 0.0, 0.4]]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ((picture, (table,)),) = facts.flows(read_run(run))
+    assert "term layers" in picture.caption and "mean flow of 20 logged steps" in table.caption
+    assert "EMD 0.5 at the first, 0.025 at the last" in table.caption
     rows = [[cell.text for cell in row] for row in table.rows]
     assert rows == [
-        ["1", "0.300", "0.100", "0.000", "0.400"],
-        ["2", "0.000", "0.200", "0.400", "0.600"],
+        ["1", "0.200", "0.200", "0.000", "0.400"],
+        ["2", "0.100", "0.100", "0.400", "0.600"],
         ["mass", "0.300", "0.300", "0.400", ""],
     ]
+    assert "student layer 2 most from teacher layer 3 (67 %)" in unescape(picture.svg)
+
+
+def test_a_flow_is_a_picture_file_of_its_own(tmp_path: Path) -> None:
+    """Of two seeds each counts the same, however many steps it logged."""
+    one = log_of_flows(tmp_path / "one", [[1.0, 0.0], [0.0, 0.0]])
+    other = log_of_flows(tmp_path / "other", *[[[0.0, 0.0], [0.0, 1.0]]] * 3)
+    path = flow.write([one, other], tmp_path / "flow.svg", title="a <b>")
+    root = ElementTree.fromstring(path.read_text())
+    said = ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert said.count("50") == 6 and "a <b>" in said and "hidden states" in said
+    assert "var(" not in path.read_text() and root.get("role") == "img"
+    wide = log_of_flows(tmp_path / "wide", [[0.5, 0.25, 0.25]])
+    with pytest.raises(WrongInput, match=r"hidden states 1 x 3, hidden states 2 x 2"):
+        flow.write([one, wide], tmp_path / "no.svg")
+    (wide / "log.jsonl").write_text("")
+    for wrong, message in (([wide], "found no flow"), ([], "at least one run")):
+        with pytest.raises(WrongInput, match=message):
+            flow.write(wrong, tmp_path / "no.svg")
+    assert not (tmp_path / "no.svg").exists()
 
 
 def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
     points = [(float(i), float(i % 2)) for i in range(10_000)]
-    found = facts._thin(points)
+    found = facts.thin(points)
     assert len(found) == facts.POINTS
     assert all(value == pytest.approx(0.5) for _, value in found)
 
@@ -249,19 +289,85 @@ def test_the_card_takes_licence_and_base_from_the_teacher(
     assert (card.data.license, card.data.base_model) == (None, "sentence-transformers/all-MiniLM-L6-v2")
 
 
-def test_a_comparison_has_a_page(tmp_path: Path) -> None:
+def make_comparison(folder: Path, *, whole: bool = True) -> Path:
+    """Write a comparison's folder: two methods, two seeds; `whole` with logs, settings and machine."""
     result = {"seeds": {"0": {"accuracy": 0.8}, "1": {"accuracy": 0.9}}, "mean": {"accuracy": 0.85}}
-    result |= {"standard_deviation": {"accuracy": 0.07}, "retained": 0.944}
+    result |= {"standard_deviation": {"accuracy": 0.07}, "retained": 0.944, "seconds": 10.0}
     against = {"accuracy": {"value": 0.02, "low": -0.01, "high": 0.05}}
     costs = {"parameters": 1_000_000, "ms_per_example": 2.0}
     kd = {**result, "mean": {"accuracy": 0.87}, "against_control": against}
-    teacher = {**costs, "metrics": {"accuracy": 0.9}}
-    students = {HOSTILE: {**costs, "methods": {"none": result, "kd": kd}}}
+    teacher = {**costs, "ms_per_example": 4.0, "metrics": {"accuracy": 0.9}}
+    made: dict[str, dict[str, Any]] = {"none": result, "kd": kd}
     found = {"dataset": HOSTILE, "rows": 100, "metric": "accuracy", "teacher": teacher}
-    (tmp_path / "compare.json").write_text(json.dumps({**found, "students": students}))
-    page = write(tmp_path).read_text()
+    folder.mkdir(parents=True)
+    if whole:
+        made = {name: {**one, "folder": f"runs/s/{name}"} for name, one in made.items()}
+        found["environment"] = {"machine": "a machine <i>", "threads": 2}
+        (folder / "compare.yaml").write_text(f"teacher: '{HOSTILE[:5]}'\n")
+        for name in made:
+            for seed in (0, 1):
+                lines: list[dict[str, Any]] = []
+                for step in (1, 2, 3, 4):
+                    stage = 1 if step < 3 else 2
+                    line = {"step": step, "stage": stage, "epoch": step / 2, "loss": step + 2.0 * seed}
+                    if name == "kd":
+                        flow = [[0.5 + 0.5 * seed, 0.5 - 0.5 * seed]]
+                        line["record"] = {"layers": {"hidden_states": {"emd": 1.0, "flow": flow}}}
+                    lines += [
+                        line,
+                        {"step": step, "epoch": step / 2, "validation": {"accuracy": step / 10}},
+                    ]
+                place = folder / "runs" / "s" / name / str(seed)
+                place.mkdir(parents=True)
+                (place / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    students = {HOSTILE: {**costs, "control": "none", "methods": made}}
+    (folder / "compare.json").write_text(json.dumps({**found, "students": students}))
+    return folder
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_comparison_has_a_page(tmp_path: Path, whole: bool) -> None:
+    folder = make_comparison(tmp_path / "compared", whole=whole)
+    page = write(folder).read_text()
     assert page.count("<script") == 1 and "<img" not in page
     assert "kd with student" in page and "87.0 %, teacher 90.0 %" in page and "-1.0 to +5.0" in page
-    (tmp_path / "compare.json").write_text("{}")
+    assert sections(page) == ({"results", "training", "flow", "repeat"} if whole else {"results", "repeat"})
+    assert ("stillroom compare" in page) == whole and "2 runs" not in page and "4 runs, 40 s" in page
+    assert ("a machine &lt;i&gt;" in page) == whole
+    (folder / "compare.json").write_text("{}")
     with pytest.raises(WrongInput, match="stillroom compare"):
-        write(tmp_path)
+        write(folder)
+
+
+def test_curves_and_flows_of_a_comparison_are_means_over_its_seeds(tmp_path: Path) -> None:
+    compared = read_comparison(make_comparison(tmp_path / "compared"))
+    said = [unescape(picture.svg) for picture in comparison.curves(compared)]
+    titles = [picture.caption for picture in comparison.curves(compared)]
+    assert titles == ["none: accuracy %", "none: loss", "kd: accuracy %", "kd: loss"]
+    assert "student: from 10 to 40" in said[0] and "control:" not in said[0]
+    # Seed 1 logs two more than seed 0.
+    assert "student: from 2 to 5" in said[1]
+    assert "control: from 10 to 40; student: from 10 to 40" in said[2]
+    (picture,) = comparison.flows(compared)
+    assert "student layer 1 most from teacher layer 1 (75 %)" in picture.svg
+
+
+def test_names_in_the_picture_of_quality_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control and student take the same time and are often nearly as good."""
+    boxes: list[Any] = []
+    plain = pictures._picture
+
+    def spy(figure: Any, *rest: Any) -> Any:
+        boxes.extend((text.get_text(), text.get_window_extent()) for text in figure.axes[0].texts)
+        return plain(figure, *rest)
+
+    monkeypatch.setattr(pictures, "_picture", spy)
+    named = {"teacher": (4.3, 93.9), "control": (2.15, 90.8), "student": (2.14, 91.2)}
+    points = [pictures.Point(name, name, *place) for name, place in named.items()]
+    points.append(pictures.Point("student, onnx-int8", "export", 1.0, 91.0))
+    pictures.quality(points, "accuracy", " %")
+    assert {name for name, _ in boxes} == {point.name for point in points} and len(boxes) == 4
+    for i, (name, box) in enumerate(boxes):
+        assert not [other for other, theirs in boxes[:i] if box.overlaps(theirs)], name

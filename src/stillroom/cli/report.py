@@ -12,6 +12,7 @@ EXAMPLES = frame.examples(
     "stillroom report runs/student",
     "stillroom report runs/comparison",
     "stillroom report runs/student -o report.html --json",
+    "stillroom report runs/bert-emd --flow flow.svg",
 )
 
 
@@ -24,6 +25,14 @@ def report(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Default: report.html in the run folder."),
     ] = None,
+    flow: Annotated[
+        Path | None,
+        typer.Option(
+            "--flow",
+            metavar="FILE",
+            help="Write the layer flow of a bert-emd run as an SVG file, and no page.",
+        ),
+    ] = None,
     as_json: frame.AsJson = False,
 ) -> None:
     """Write a run's page: one HTML file that needs no network. Exports made since are on it too.
@@ -32,12 +41,17 @@ def report(
     """
 
     def work(console: Console) -> dict[str, Any]:
+        from stillroom.report import flow as layer_flow
         from stillroom.report.page import write
 
+        if flow is not None:
+            layer_flow.write([run], flow)
+            return {"flow": str(flow), "bytes": flow.stat().st_size}
         with console.status("Writing the page"):
             path = write(run, output)
         return {"report": str(path), "bytes": path.stat().st_size}
 
     found = frame.execute(work, as_json=as_json)
     if not as_json:
-        frame.show(f"Report: {found['report']} ({found['bytes'] / 1e6:.2f} MB)")
+        what, where = next(iter(found.items()))
+        frame.show(f"{what.capitalize()}: {where} ({found['bytes'] / 1e6:.2f} MB)")

@@ -1,11 +1,13 @@
 """What a comparison's page says: every method of every student, over seeds, against its control."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stillroom.report import facts, pictures
+from stillroom.report import facts, flow, pictures
 from stillroom.report.facts import Cell, Table
 from stillroom.report.pictures import Picture, Point
+from stillroom.report.sources import SETTINGS, Compared
 
 
 def table(found: Mapping[str, Any]) -> Table:
@@ -65,3 +67,72 @@ def headline(found: Mapping[str, Any]) -> str:
         f"{method} with student {student} has the best mean {metric}: {100 * mean:.1f}{sign}, "
         f"teacher {100 * found['teacher']['metrics'][metric]:.1f}{sign}."
     )
+
+
+def curves(compared: Compared) -> list[Picture]:
+    """Return how each method of each student trained: the metric beside the control's, and its loss."""
+    metric = compared.found["metric"]
+    several = len(compared.found["students"]) > 1
+    drawn = []
+    for student, costs in compared.found["students"].items():
+        alone = costs.get("control")
+        control = _over_seeds(compared.logs.get((student, alone), []), "validation", metric)
+        for method in costs["methods"]:
+            logs = compared.logs.get((student, method), [])
+            name = f"{method}, {student}" if several else method
+            starts = facts.stage_starts([line for line in logs[0] if "stage" in line]) if logs else []
+            values = _over_seeds(logs, "validation", metric)
+            if len(values) > 1:
+                lines = {"control": control} if control and method != alone else {}
+                title = f"{name}: {metric}{facts.unit(metric)}"
+                drawn.append(pictures.curves(title, lines | {"student": values}, starts, markers=True))
+            losses = _over_seeds(logs, "loss")
+            if len(losses) > 1:
+                drawn.append(pictures.curves(f"{name}: loss", {"student": facts.thin(losses)}, starts))
+    return drawn
+
+
+def _over_seeds(
+    logs: Sequence[Sequence[Mapping[str, Any]]], key: str, metric: str | None = None
+) -> list[tuple[float, float]]:
+    """Return epoch and mean over the seeds of what lines hold, in hundredths for a metric."""
+    found: dict[float, list[float]] = {}
+    for log in logs:
+        for line in log:
+            value = line.get(key) if metric is None else line.get(key, {}).get(metric)
+            if value is not None:
+                found.setdefault(line["epoch"], []).append(value if metric is None else 100 * value)
+    return [(epoch, sum(values) / len(values)) for epoch, values in sorted(found.items())]
+
+
+def flows(compared: Compared) -> list[Picture]:
+    """Return the layer flow of every method that recorded one, mean over its seeds."""
+    return list(_flows(compared))
+
+
+def _flows(compared: Compared) -> Iterator[Picture]:
+    for (student, method), logs in compared.logs.items():
+        found = flow.over_runs([terms for log in logs if (terms := flow.of_log(log))])
+        for term, problems in found.items():
+            caption = f"Layer flow of {method} with student {student}, term {term}"
+            yield flow.picture(problems, caption, title=f"{method}, {student}")
+
+
+def commands(compared: Compared) -> list[tuple[str, str]]:
+    """Return what to type to repeat the comparison, and to see its page again."""
+    folder = str(compared.folder)
+    again = [("This page again", f"stillroom report {shlex.quote(folder)}")]
+    if compared.settings is None:
+        return again
+    settings = shlex.quote(f"{folder}/{SETTINGS}")
+    return [("The same comparison again", f"stillroom compare {settings} -o NEW-FOLDER"), *again]
+
+
+def environment(compared: Compared) -> Table:
+    """Return machine and versions, and what the trainings took."""
+    took = {}
+    for student, costs in compared.found["students"].items():
+        seconds = sum(one["seconds"] * len(one["seeds"]) for one in costs["methods"].values())
+        runs = sum(len(one["seeds"]) for one in costs["methods"].values())
+        took[f"training, {student}"] = f"{runs:,} runs, {seconds:,.0f} s together"
+    return facts.machine({**took, **compared.found.get("environment", {})})

@@ -18,7 +18,7 @@ from stillroom.evaluation.calibration import calibration
 from stillroom.evaluation.metrics import predictions
 from stillroom.evaluation.predictions import Predictions
 from stillroom.evaluation.significance import RESAMPLED, mcnemar, paired_bootstrap
-from stillroom.report import pictures
+from stillroom.report import flow, pictures
 from stillroom.report.pictures import Picture, Point
 from stillroom.report.sources import Run
 
@@ -253,7 +253,7 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
         for key, value in line.items()
         if key not in _NOT_TERMS and isinstance(value, int | float)
     )
-    starts = _stage_starts(steps["student"])
+    starts = stage_starts(steps["student"])
     drawn = []
     metric = run.metrics["metric"]
     evaluations = {
@@ -275,7 +275,7 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
             name: [(line["epoch"], line[term]) for line in found if term in line]
             for name, found in steps.items()
         }
-        lines = {name: _thin(points) for name, points in lines.items() if points}
+        lines = {name: thin(points) for name, points in lines.items() if points}
         if not lines:
             continue
         title = "gradient norm" if term == "gradient_norm" else f"{term} (unweighted)"
@@ -298,28 +298,26 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
     return drawn, Table("Each term when a stage begins and ends, as logged", columns, rows)
 
 
-def flows(run: Run) -> list[tuple[Picture, Table]]:
-    """Return every flow between layers that a term recorded, as of the last step logged."""
-    found: dict[str, Any] = {}
-    for line in run.log:
-        found |= line.get("record", {})
+def flows(run: Run) -> list[tuple[Picture, list[Table]]]:
+    """Return every flow between layers that a term recorded: a picture, and a table for each problem."""
     shown = []
-    for term, problems in found.items():
-        for problem, record in problems.items():
-            if not isinstance(record, dict) or not record.get("flow"):
-                continue
-            flow = record["flow"]
-            title = f"{term}: {problem.replace('_', ' ')}"
-            columns = [("student layer", False), *((str(j + 1), True) for j in range(len(flow[0])))]
+    for term, found in flow.of_log(run.log).items():
+        tables = []
+        for problem, mean in found.items():
+            columns = [("student layer", False), *((str(j + 1), True) for j in range(mean.flow.shape[1]))]
             columns.append(("mass", True))
             rows = [
-                [Cell(str(i), number=False), *(Cell(f"{value:.3f}") for value in (*row, mass))]
-                for i, (row, mass) in enumerate(zip(flow, record["student_masses"], strict=True), start=1)
+                [Cell(str(i), number=False), *(Cell(f"{value:.3f}") for value in (*row, row.sum()))]
+                for i, row in enumerate(mean.flow, start=1)
             ]
-            masses = [Cell(f"{mass:.3f}") for mass in record["teacher_masses"]]
+            masses = [Cell(f"{mass:.3f}") for mass in mean.flow.sum(0)]
             rows.append([Cell("mass", number=False), *masses, Cell("")])
-            caption = f"{title}; columns are teacher layers; EMD {record['emd']:.4g}"
-            shown.append((pictures.heat(title, flow), Table(caption, columns, rows)))
+            caption = (
+                f"{problem}: mean flow of {mean.steps:,} logged steps; columns are teacher layers; "
+                f"EMD {mean.first:.4g} at the first, {mean.last:.4g} at the last"
+            )
+            tables.append(Table(caption, columns, rows))
+        shown.append((flow.picture(found, f"Layer flow of the term {term}"), tables))
     return shown
 
 
@@ -537,7 +535,11 @@ def environment(run: Run) -> Table:
             "speed": f"{training['examples_per_second']:,.0f} rows per second",
             "peak memory": f"{training['peak_rss_bytes'] / 1e6:,.0f} MB",
         }
-    values = {**took, **run.metrics.get("environment", {})}
+    return machine({**took, **run.metrics.get("environment", {})})
+
+
+def machine(values: Mapping[str, Any]) -> Table:
+    """Return machine, versions and the like as a table."""
     rows = [[Cell(str(key), number=False), Cell(str(value), number=False)] for key, value in values.items()]
     return Table("Where and how this was computed", [("what", False), ("value", False)], rows)
 
@@ -558,7 +560,7 @@ def recipe_text(run: Run) -> str:
     return yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)
 
 
-def _stage_starts(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+def stage_starts(lines: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the epoch after which each stage but the first was logged first."""
     starts = []
     for before, after in zip(lines, lines[1:], strict=False):
@@ -567,7 +569,8 @@ def _stage_starts(lines: Sequence[Mapping[str, Any]]) -> list[float]:
     return starts
 
 
-def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most `POINTS` points: means of neighbours where there are more."""
     if len(points) <= POINTS:
         return list(points)
     return [tuple(group.mean(0).tolist()) for group in np.array_split(np.asarray(points), POINTS)]

@@ -40,15 +40,21 @@ def write(folder: Path, output: Path | None = None) -> Path:
 
 def write_comparison(folder: Path, output: Path | None = None) -> Path:
     """Write a comparison's page and return where it is; by default `report.html` in its folder."""
-    found = read_comparison(folder)
+    compared = read_comparison(folder)
     path = output or folder / REPORT
     text = _page(
         "comparison.html.j2",
         title=f"Stillroom comparison: {folder.resolve().name}",
-        found=found,
-        headline=comparison.headline(found),
-        results=comparison.table(found),
-        quality=comparison.picture(found),
+        folder=folder,
+        dataset=compared.found["dataset"],
+        headline=comparison.headline(compared.found),
+        results=comparison.table(compared.found),
+        quality=comparison.picture(compared.found),
+        curves=comparison.curves(compared),
+        flows=comparison.flows(compared),
+        commands=comparison.commands(compared),
+        settings=compared.settings,
+        environment=comparison.environment(compared),
     )
     durable.write_text(path, text)
     return path

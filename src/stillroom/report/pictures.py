@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from typing import Any
 
-ROLES = ("ink", "soft", "line", "paper", "teacher", "control", "student", "export")
+import numpy as np
+
+ROLES = ("ink", "soft", "line", "raised", "teacher", "control", "student", "export")
 """Roles of colours: each is a variable of the style sheet."""
 
 _STAND_INS = {role: f"#0102{i:02x}" for i, role in enumerate(ROLES, start=1)}
@@ -41,23 +44,10 @@ class Point:
 
 def quality(points: Sequence[Point], metric: str, unit: str) -> Picture:
     """Return quality against milliseconds per text: up and to the left is better."""
-    with _figure(5.6, 3.5) as (figure, axes):
-        for i, point in enumerate(sorted(points, key=lambda point: (point.ms, point.value))):
-            # Neighbours take turns above and below, so that their names do not meet.
-            above = i % 2 == 1
+    with _figure(5.6, 3.5) as figure:
+        axes = figure.add_subplot()
+        for point in points:
             axes.plot(point.ms, point.value, "o", markersize=9, color=_STAND_INS[point.role])
-            axes.annotate(
-                point.name,
-                (point.ms, point.value),
-                xytext=(0, 9 if above else -10),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if above else "top",
-                color=_STAND_INS[point.role],
-                weight="bold",
-                # A long name may reach over the edge; it must not squeeze the axes.
-                in_layout=False,
-            )
         times, values = [point.ms for point in points], [point.value for point in points]
         if max(times) > 5 * min(times) > 0:
             axes.set_xscale("log")
@@ -70,8 +60,58 @@ def quality(points: Sequence[Point], metric: str, unit: str) -> Picture:
         axes.set_ylim(min(values) - room, max(values) + room)
         axes.set_xlabel("milliseconds per text, one at a time (less is better)")
         axes.set_ylabel(f"{metric}{unit} (more is better)")
+        _name_points(figure, axes, points)
         said = "; ".join(f"{p.name}: {p.value:.1f}{unit} at {p.ms:.2f} ms" for p in points)
         return _picture(figure, f"{metric} against time per text. {said}.", f"{metric} against time")
+
+
+_BESIDE = (
+    (0, 9, "center", "bottom"),
+    (0, -10, "center", "top"),
+    (10, 0, "left", "center"),
+    (-10, 0, "right", "center"),
+    (0, 24, "center", "bottom"),
+    (0, -25, "center", "top"),
+)
+"""Places of a point's name in the order of preference: points to the right and up, and alignment."""
+
+
+def _name_points(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+    """Write each point's name beside it, in the first place where it meets no other name or point."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent()
+    taken = []
+    pixel = figure.dpi / 72
+    for point in points:
+        x, y = axes.transData.transform((point.ms, point.value))
+        taken.append(Bbox.from_extents(x - 5 * pixel, y - 5 * pixel, x + 5 * pixel, y + 5 * pixel))
+    for point in sorted(points, key=lambda point: (-point.value, point.ms)):
+        tried: list[tuple[float, int, Any, Any]] = []
+        for dx, dy, across, down in _BESIDE:
+            name = axes.annotate(
+                point.name,
+                (point.ms, point.value),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=across,
+                va=down,
+                color=_STAND_INS[point.role],
+                weight="bold",
+                # A long name may reach over the edge; it must not squeeze the axes.
+                in_layout=False,
+            )
+            box = name.get_window_extent()
+            outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+            tried.append((sum(box.overlaps(other) for other in taken) + outside, len(tried), name, box))
+            if tried[-1][0] == 0:
+                break
+        _, _, kept, box = min(tried, key=lambda each: each[:2])
+        for _, _, name, _ in tried:
+            if name is not kept:
+                name.remove()
+        taken.append(box)
 
 
 def curves(
@@ -82,7 +122,8 @@ def curves(
     markers: bool = False,
 ) -> Picture:
     """Return one line per model over the epochs, with a dotted line where a stage begins."""
-    with _figure(3.6, 2.5) as (figure, axes):
+    with _figure(3.6, 2.5) as figure:
+        axes = figure.add_subplot()
         for name, points in lines.items():
             x, y = zip(*points, strict=True)
             axes.plot(
@@ -111,7 +152,8 @@ def reliability(
     name: str, confidence: Sequence[float], accuracy: Sequence[float], rows: Sequence[int], error: float
 ) -> Picture:
     """Return the share of right answers against confidence; on the diagonal both are equal."""
-    with _figure(3.0, 3.0) as (figure, axes):
+    with _figure(3.0, 3.0) as figure:
+        axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=_STAND_INS["soft"], linewidth=1, linestyle=":")
         axes.plot(confidence, accuracy, color=_STAND_INS[name], linewidth=1.2)
         most = max(rows)
@@ -132,35 +174,91 @@ def reliability(
         )
 
 
-def heat(title: str, matrix: Sequence[Sequence[float]]) -> Picture:
-    """Return how much flows from each student layer (rows) to each teacher layer (columns)."""
+def heat(flows: Mapping[str, np.ndarray], caption: str, *, title: str | None = None) -> Picture:
+    """Return how much flows from each student layer (rows) to each teacher layer (columns).
+
+    One panel for each transport problem, by name. A square holds its share of all that flows, in per
+    cent; the numbers outside are the sums of rows and columns, which are the masses of the layers.
+    """
+    rows, columns = np.shape(next(iter(flows.values())))
+    beside = columns <= 7
+    side = 0.44
+    width, height = side * (columns + 1) + 0.7, side * (rows + 1) + 0.8
+    across, down = (len(flows), 1) if beside else (1, len(flows))
+    above = 0.35 if title else 0.0
+    with _figure(width * across, height * down + above) as figure:
+        panels = figure.subplots(down, across, squeeze=False).flat
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold", color=_STAND_INS["ink"])
+        for axes, (name, flow) in zip(panels, flows.items(), strict=True):
+            _squares(axes, name, flow)
+        said = "; ".join(f"{name}: {_strongest(flow)}" for name, flow in flows.items())
+        return _picture(figure, f"{caption}. {said}.", caption)
+
+
+def _squares(axes: Any, name: str, flow_LM: np.ndarray) -> None:
+    """Draw one transport problem: a square for each pair of layers, and the sums at the edges."""
     from matplotlib.patches import Rectangle
 
-    rows, columns = len(matrix), len(matrix[0])
-    top = max(max(row) for row in matrix) or 1.0
-    with _figure(max(2.6, 0.45 * columns + 1.0), max(1.8, 0.45 * rows + 1.0)) as (figure, axes):
-        for i, row in enumerate(matrix):
-            for j, value in enumerate(row):
-                square = Rectangle(
-                    (j + 0.5, i + 0.5), 1, 1, color=_STAND_INS["student"], alpha=max(0.0, value) / top, lw=0
-                )
-                axes.add_patch(square)
-        axes.set_xlim(0.5, columns + 0.5)
-        axes.set_ylim(rows + 0.5, 0.5)
-        axes.set_xticks(range(1, columns + 1))
-        axes.set_yticks(range(1, rows + 1))
-        axes.grid(False)
-        axes.set_xlabel("teacher layer")
-        axes.set_ylabel("student layer")
-        axes.set_title(title, fontsize=11, loc="left", weight="bold")
-        return _picture(
-            figure, f"{title}: flow from student to teacher layers; the table has the numbers.", title
-        )
+    rows, columns = flow_LM.shape
+    share_LM = flow_LM / (flow_LM.sum() or 1.0)
+    top = share_LM.max() or 1.0
+
+    def number(x: float, y: float, value: float, role: str) -> None:
+        text = f"{100 * value:.0f}" if value >= 0.005 else ""
+        axes.text(x, y, text, ha="center", va="center_baseline", fontsize=9, color=_STAND_INS[role])
+
+    for (i, j), share in np.ndenumerate(share_LM):
+        strength = max(0.0, share) / top
+        box = Rectangle((j + 0.52, i + 0.52), 0.96, 0.96, lw=0, color=_STAND_INS["student"])
+        box.set_alpha(max(0.04, strength))
+        axes.add_patch(box)
+        number(j + 1, i + 1, share, "raised" if strength > 0.7 else "ink")
+    for i, mass in enumerate(share_LM.sum(1)):
+        number(columns + 1, i + 1, mass, "soft")
+    for j, mass in enumerate(share_LM.sum(0)):
+        number(j + 1, rows + 1, mass, "soft")
+    axes.set_xlim(0.5, columns + 1.5)
+    axes.set_ylim(rows + 1.5, 0.5)
+    axes.set_aspect("equal")
+    axes.set_xticks(range(1, columns + 1))
+    axes.set_yticks(range(1, rows + 1))
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    axes.set_xlabel("teacher layer")
+    axes.set_ylabel("student layer")
+    axes.set_title(name, fontsize=10, loc="left", weight="bold")
+
+
+def _strongest(flow_LM: np.ndarray) -> str:
+    """Return in words from which teacher layer each student layer learns most."""
+    parts = []
+    for i, row in enumerate(flow_LM):
+        j = int(row.argmax())
+        share = 100 * row[j] / (row.sum() or 1.0)
+        parts.append(f"student layer {i + 1} most from teacher layer {j + 1} ({share:.0f} %)")
+    return ", ".join(parts)
+
+
+def alone(picture: Picture) -> str:
+    """Return a picture as an SVG file of its own, in the page's light colours, on white."""
+    style = files("stillroom.report").joinpath("page.css").read_text(encoding="utf-8")
+    light = dict(re.findall(r"--(\w+): (#\w+)", style[: style.index("}")]))
+    svg = re.sub(r"var\(--(\w+)\)", lambda found: light[found[1]], picture.svg)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert size is not None
+    root = f'<svg width="{size[1]}pt" height="{size[2]}pt" font-family="system-ui, sans-serif"'
+    svg = svg.replace("<svg", root, 1)
+    start = svg.index(">") + 1
+    return f'{svg[:start]}\n<rect width="100%" height="100%" fill="{light["raised"]}"/>{svg[start:]}\n'
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
-    """Yield a figure of inches in the page's colours, and its axes."""
+def _figure(width: float, height: float) -> Iterator[Any]:
+    """Yield a figure of inches, in which axes take the page's colours."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -183,8 +281,7 @@ def _figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
         "ytick.color": _STAND_INS["soft"],
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.add_subplot()
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
 def _picture(figure: Any, alternative: str, caption: str) -> Picture:

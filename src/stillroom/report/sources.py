@@ -12,6 +12,7 @@ from stillroom.provenance import CONTROL, METRICS, RECIPE
 from stillroom.recipe import Recipe
 
 COMPARISON = "compare.json"
+SETTINGS = "compare.yaml"
 LOG = "log.jsonl"
 EXPORT = Path("deploy") / "manifest.json"
 
@@ -60,15 +61,32 @@ def read_run(folder: Path) -> Run:
         folder,
         metrics,
         Recipe.load(folder / RECIPE).model_dump(mode="json"),
-        _lines(folder / LOG),
-        _lines(folder / CONTROL / LOG),
+        lines_of(folder / LOG),
+        lines_of(folder / CONTROL / LOG),
         predictions.load(path) if path.is_file() else None,
         _json(folder / EXPORT) if (folder / EXPORT).is_file() else None,
     )
 
 
-def read_comparison(folder: Path) -> dict[str, Any]:
-    """Return what a comparison found, or raise `WrongInput` if its file is damaged or empty."""
+@dataclass(frozen=True)
+class Compared:
+    """A comparison folder's files."""
+
+    folder: Path
+    found: dict[str, Any]
+    """What is in `compare.json`."""
+    settings: str | None
+    """The text of `compare.yaml`, or None without it."""
+    logs: dict[tuple[str, str], list[list[dict[str, Any]]]]
+    """By student and method the logs of its seeds; what is not there is left out."""
+
+
+def read_comparison(folder: Path) -> Compared:
+    """Return what a comparison found.
+
+    Raises:
+        WrongInput: If it found nothing yet, or a file in it is damaged.
+    """
     found = _json(folder / COMPARISON)
     students = found.get("students", {})
     # Of one that was stopped, some have nothing yet.
@@ -77,7 +95,16 @@ def read_comparison(folder: Path) -> dict[str, Any]:
         raise WrongInput(
             f"Expected the results of stillroom compare in {folder / COMPARISON}, found others."
         )
-    return found
+    logs = {}
+    for student, costs in found["students"].items():
+        for method, result in costs["methods"].items():
+            runs = folder / result["folder"] if "folder" in result else None
+            read = [lines_of(runs / seed / LOG) for seed in result["seeds"]] if runs else []
+            if any(read):
+                logs[student, method] = [log for log in read if log]
+    path = folder / SETTINGS
+    settings = path.read_text(encoding="utf-8") if path.is_file() else None
+    return Compared(folder, found, settings, logs)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -90,7 +117,8 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; none if there is no such file."""
     if not path.is_file():
         return []
     try:

@@ -33,11 +33,14 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from stillroom import durable, encoder, methods, preflight, provenance, student
+from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import Tokens
 from stillroom.errors import RunFailed, StillroomError, WrongInput
-from stillroom.evaluation import cost
-from stillroom.evaluation.metrics import predictions, score
+from stillroom.evaluation import cost, predictions
+from stillroom.evaluation.metrics import predictions as answers
+from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predict import predict
+from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.evaluation.significance import RESAMPLED, bootstrap_over_seeds
 from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
 from stillroom.recipe import Comparison, MethodSettings, Recipe, VariantSettings
@@ -48,8 +51,6 @@ from stillroom.training.loop import CHECKPOINTS
 COMPARISON = "compare.yaml"
 RESULTS = "compare.json"
 RUNS = "runs"
-LOGITS = "logits.npy"
-TEACHER_LOGITS = "teacher-logits.npy"
 
 _COSTS, _STUDY, _DATABASE = "costs.json", "study.txt", "study.db"
 
@@ -103,10 +104,11 @@ def compare(
 
     Returns:
         What `compare.json` holds: `teacher`, and under `students` for each its costs and `methods`: for
-        each the metrics by seed, `mean`, `standard_deviation` (None for one seed), `retained` (share
-        of the teacher's first metric), `seconds` and `examples_per_second` of training (means), and
-        where a control `none` is there, `against_control`: the difference for each metric with a 95 %
-        interval over rows and seeds (`bootstrap_over_seeds`).
+        each the `folder` of its runs by seed, the metrics by seed, `mean`, `standard_deviation` (None
+        for one seed), `retained` (share of the teacher's first metric), `seconds` and
+        `examples_per_second` of training (means), and where a control `none` is there,
+        `against_control`: the difference for each metric with a 95 % interval over rows and seeds
+        (`bootstrap_over_seeds`).
 
     Raises:
         WrongInput: If anything is not as expected, or the folder holds a comparison of another teacher,
@@ -289,8 +291,8 @@ class _Worker:
         trained = parts.train(recipe, place, console, repeated=repeated)
         tokens = parts.tokens.student["validation"]
         logits = predict(parts.student, tokens, bf16=parts.bf16)
-        np.save(place / LOGITS, logits, allow_pickle=False)
         data = self._common.dataset
+        _keep(place, data, "student", logits)
         labels = data.splits["validation"].labels
         return {
             "student": {"metrics": score(data.task, logits, labels)},
@@ -406,7 +408,7 @@ def _worker_process(folder: Path, comparison: Comparison, storage: str | None, k
     # Bars of several processes would overwrite each other.
     console = Console(stderr=True, force_terminal=False, soft_wrap=True)
     common = Common.load(_any_recipe(comparison), console)
-    logits = np.load(folder / TEACHER_LOGITS, allow_pickle=False)
+    logits = predictions.load(folder / PREDICTIONS).logits["teacher"]
     worker = _Worker(comparison, common, logits, folder=folder, storage=storage, keep_students=keep)
     try:
         worker.work(console)
@@ -441,7 +443,7 @@ def _join(folder: Path, comparison: Comparison, common: Common, console: Console
     precision = comparison.training.model_copy(update={"precision": machine["precision"]})
     comparison = comparison.model_copy(update={"training": precision})
     if not (folder / COMPARISON).exists():
-        others = {durable.LOCK, _STUDY, _DATABASE, provenance.INPUTS, TEACHER_LOGITS}
+        others = {durable.LOCK, _STUDY, _DATABASE, provenance.INPUTS, PREDICTIONS}
         teacher = Path(comparison.teacher.name).absolute()
         if teacher.parent == folder.absolute():
             others.add(teacher.name)
@@ -507,14 +509,17 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _teacher_logits(folder: Path, common: Common) -> np.ndarray:
     """Return the teacher's logits of the validation rows, computed once for the folder."""
-    path = folder / TEACHER_LOGITS
-    if not path.exists():
+    if not (folder / PREDICTIONS).exists():
         teacher = common.teacher.to(Accelerator().device)
         logits = predict(teacher, common.teacher_tokens["validation"], bf16=common.bf16)
-        aside = path.with_name(".aside-logits.npy")
-        np.save(aside, logits, allow_pickle=False)
-        aside.replace(path)
-    return np.asarray(np.load(path, allow_pickle=False))
+        _keep(folder, common.dataset, "teacher", logits)
+    return predictions.load(folder / PREDICTIONS).logits["teacher"]
+
+
+def _keep(folder: Path, dataset: Dataset, model: str, logits: np.ndarray) -> None:
+    """Keep what a model said of the validation split, as a run does."""
+    kept = Predictions(dataset.task, dataset.splits["validation"], {model: logits})
+    predictions.save(folder / PREDICTIONS, kept)
 
 
 def _collect(
@@ -540,9 +545,12 @@ def _collect(
             if not done:
                 continue
             runs = {seed: _read(place / METRICS) for seed, place in done.items()}
-            logits = {s: np.load(place / LOGITS, allow_pickle=False) for s, place in done.items()}
-            said[variant] = {seed: predictions(value, task.kind) for seed, value in logits.items()}
-            entries[variant] = _summary(runs, teacher, task.metrics)
+            logits = {s: predictions.load(p / PREDICTIONS).logits["student"] for s, p in done.items()}
+            said[variant] = {seed: answers(value, task.kind) for seed, value in logits.items()}
+            entries[variant] = {
+                "folder": next(iter(places.values())).parent.relative_to(folder).as_posix(),
+                **_summary(runs, teacher, task.metrics),
+            }
             found["environment"] = next(iter(runs.values()))["environment"]
         control = next((v for v in said if comparison.methods[v].method.name == "none"), None)
         for variant, entry in entries.items():
