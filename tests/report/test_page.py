@@ -180,7 +180,7 @@ def test_a_flow_is_the_mean_of_the_logged_steps(tmp_path: Path) -> None:
         if "record" in line:
             line["record"]["layers"]["hidden_states"]["flow"] = [[0.1, 0.3, 0.0], [0.2, 0.0, 0.4]]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ((picture, (table,)),) = facts.flows(read_run(run))
+    ((picture, table),) = facts.flows(read_run(run))
     assert "term layers" in picture.caption and "mean flow of 20 logged steps" in table.caption
     assert "EMD 0.5 at the first, 0.025 at the last" in table.caption
     rows = [[cell.text for cell in row] for row in table.rows]
@@ -330,7 +330,9 @@ def test_a_comparison_has_a_page(tmp_path: Path, whole: bool) -> None:
     folder = make_comparison(tmp_path / "compared", whole=whole)
     page = write(folder).read_text()
     assert page.count("<script") == 1 and "<img" not in page
-    assert "kd with student" in page and "87.0 %, teacher 90.0 %" in page and "-1.0 to +5.0" in page
+    assert (
+        "kd with student" in page and "87.0\u00a0%, teacher 90.0\u00a0%" in page and "-1.0 to +5.0" in page
+    )
     assert sections(page) == ({"results", "training", "flow", "repeat"} if whole else {"results", "repeat"})
     assert ("stillroom compare" in page) == whole and "2 runs" not in page and "4 runs, 40 s" in page
     assert ("a machine &lt;i&gt;" in page) == whole

@@ -115,7 +115,8 @@ def _flows(compared: Compared) -> Iterator[Picture]:
         found = flow.over_runs([terms for log in logs if (terms := flow.of_log(log))])
         for term, problems in found.items():
             caption = f"Layer flow of {method} with student {student}, term {term}"
-            yield flow.picture(problems, caption, title=f"{method}, {student}")
+            for problem, mean in problems.items():
+                yield flow.picture({problem: mean}, caption, title=f"{method}, {student}")
 
 
 def commands(compared: Compared) -> list[tuple[str, str]]:

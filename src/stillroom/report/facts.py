@@ -105,8 +105,8 @@ def caution(run: Run, tests: Sequence["Test"]) -> str:
             else "which chance in the choice of rows can explain"
         )
         parts.append(
-            f"Student minus control: {against.value:+.1f} points (95 % interval {against.low:+.1f} to "
-            f"{against.high:+.1f}), {meaning}."
+            f"Student minus control: {_signed(against.value)} points (95 % interval {_signed(against.low)} "
+            f"to {_signed(against.high)}), {meaning}."
         )
     rows = f" on {len(run.kept.rows):,} validation rows" if run.kept else ""
     parts.append(
@@ -298,11 +298,10 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
     return drawn, Table("Each term when a stage begins and ends, as logged", columns, rows)
 
 
-def flows(run: Run) -> list[tuple[Picture, list[Table]]]:
-    """Return every flow between layers that a term recorded: a picture, and a table for each problem."""
+def flows(run: Run) -> list[tuple[Picture, Table]]:
+    """Return every flow between layers that a term recorded: for each problem a picture and a table."""
     shown = []
     for term, found in flow.of_log(run.log).items():
-        tables = []
         for problem, mean in found.items():
             columns = [("student layer", False), *((str(j + 1), True) for j in range(mean.flow.shape[1]))]
             columns.append(("mass", True))
@@ -316,8 +315,8 @@ def flows(run: Run) -> list[tuple[Picture, list[Table]]]:
                 f"{problem}: mean flow of {mean.steps:,} logged steps; columns are teacher layers; "
                 f"EMD {mean.first:.4g} at the first, {mean.last:.4g} at the last"
             )
-            tables.append(Table(caption, columns, rows))
-        shown.append((flow.picture(found, f"Layer flow of the term {term}"), tables))
+            drawn = flow.picture({problem: mean}, f"Layer flow of the term {term}")
+            shown.append((drawn, Table(caption, columns, rows)))
     return shown
 
 

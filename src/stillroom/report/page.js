@@ -1,4 +1,12 @@
 "use strict";
+// Paper shows what can be unfolded.
+let unfolded = [];
+addEventListener("beforeprint", () => {
+  unfolded = [...document.querySelectorAll("details:not([open])")];
+  unfolded.forEach((each) => { each.open = true; });
+});
+addEventListener("afterprint", () => unfolded.forEach((each) => { each.open = false; }));
+
 // Sorts tables by a column: a button in each header, its state in aria-sort, said aloud in the status line.
 for (const table of document.querySelectorAll("table[data-sortable]")) {
   const heads = [...table.tHead.rows[0].cells];

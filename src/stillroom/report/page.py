@@ -100,6 +100,8 @@ def _page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = Markup
+    # A number stays on the line of its per cent.
+    environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%")
     # The only script that a browser runs is the one with this hash.
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "

@@ -44,7 +44,9 @@ class Point:
 
 def quality(points: Sequence[Point], metric: str, unit: str) -> Picture:
     """Return quality against milliseconds per text: up and to the left is better."""
-    with _figure(5.6, 3.5) as figure:
+    from matplotlib.ticker import LogLocator
+
+    with _figure(4.6, 3.4) as figure:
         axes = figure.add_subplot()
         for point in points:
             axes.plot(point.ms, point.value, "o", markersize=9, color=_STAND_INS[point.role])
@@ -52,6 +54,7 @@ def quality(points: Sequence[Point], metric: str, unit: str) -> Picture:
         if max(times) > 5 * min(times) > 0:
             axes.set_xscale("log")
             axes.set_xlim(min(times) / 1.6, max(times) * 1.6)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter("")
         else:
