@@ -3,6 +3,7 @@
 The only file that knows transformers' layer indexing, and where embeddings leave their module.
 """
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -24,6 +25,8 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -50,6 +53,16 @@ PROBLEM_TYPES = {
 """What a configuration calls each kind of labels."""
 
 _Key = TypeVar("_Key")
+
+Head = Literal["classification", "masked-lm", "none"]
+"""What an encoder has on top: a classification head, a masked-LM head, or neither."""
+
+_AUTO: dict[Head, tuple[Any, str]] = {
+    "classification": (AutoModelForSequenceClassification, "a sequence-classification encoder"),
+    "masked-lm": (AutoModelForMaskedLM, "a masked language model"),
+    "none": (AutoModel, "an encoder"),
+}
+"""How each is loaded, and what messages call it."""
 
 Pooling = Literal["mean", "cls", "unmasked_mean"]
 """How token states become one vector per row: see `pool`."""
@@ -172,12 +185,13 @@ def pool(states_BSD: Tensor, mask_BS: Tensor, pooling: Pooling) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """A sequence-classification model with its tokenizer. `forward` returns what `Needs` names."""
+    """A model, with its tokenizer and the kind of its head. `forward` returns what `Needs` names."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    def __init__(self, model: nn.Module, tokenizer: Any, head: Head = "classification"):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.head = head
 
     @property
     def config(self) -> Any:
@@ -227,6 +241,8 @@ class Encoder(nn.Module):
     ) -> Outputs:
         """Return logits, and what else `needs` names.
 
+        A masked-LM head gives logits `(n, V)` at the inputs' `positions`, and is computed nowhere else.
+
         Args:
             inputs: A padded batch.
             needs: What to return beside the logits.
@@ -247,15 +263,17 @@ class Encoder(nn.Module):
         with (
             self._embeddings(needs.embeddings or offset is not None, offset) as seen,
             self._attention(needs) as attention,
+            head_sees_only(self.model, inputs.positions),
         ):
             found = self.model(**given, output_hidden_states=bool(needs.states))
+        logits = found.get("logits", inputs.attention_mask.new_empty(0, dtype=torch.float32))
         states = {index: found.hidden_states[index] for index in sorted(needs.hidden_states)}
         pooled = {
             (how, index): pool(found.hidden_states[index], inputs.attention_mask, how)
             for how, index in sorted(needs.pooled_states)
         }
         return Outputs(
-            found.logits,
+            logits if inputs.positions is None else logits[0],
             states,
             seen[0] if seen else None,
             attention.scores,
@@ -346,6 +364,27 @@ class Encoder(nn.Module):
                 "Use a model of another family (BERT, RoBERTa, ELECTRA, DistilBERT, ModernBERT), or a "
                 "method that does not read them, such as kd or lrc-bert."
             )
+
+
+@contextmanager
+def head_sees_only(model: Any, positions: Tensor | None) -> Iterator[None]:
+    """Let a masked-LM head see these positions of the flattened `(B, S)` alone, as one row; None: all.
+
+    Every family's head works token by token.
+    """
+    if positions is None:
+        yield
+        return
+
+    def select(_: nn.Module, __: Any, output: Any) -> Any:
+        output["last_hidden_state"] = output["last_hidden_state"].flatten(0, 1)[positions][None]
+        return output
+
+    handle = model.base_model.register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass
@@ -457,16 +496,57 @@ def load(name: str, task: Task | None = None, *, fresh_head: bool = False) -> En
         WrongInput: If nothing is there, the files are damaged or not safetensors, the tokenizer
             is not a fast one, or weights are missing.
     """
+    if fresh_head and task is None:
+        raise ValueError("fresh_head needs a task")
+    made, report = _load(name, "classification", task if fresh_head else None)
+    _check_weights(name, made.model, report, fresh_head)
+    return made
+
+
+def load_body(name: str, *, head: Head | None = None) -> Encoder:
+    """Load a pretrained encoder without its classification head, as `load` does.
+
+    Args:
+        name: A folder, a hub id, or `minilm-l6`.
+        head: `masked-lm` or `none`. By default `masked-lm` where the checkpoint has such a head. One that
+            is asked for and is not there starts at random (from torch's seed).
+
+    Raises:
+        WrongInput: As `load`.
+    """
+    made, report = _load(name, head or "masked-lm")
+    missing = {*report["missing_keys"], *(entry[0] for entry in report.get("mismatched_keys", ()))}
+    outside = {key for key in missing if not key.startswith(f"{made.model.base_model_prefix}.")}
+    if head is None and (outside or made.tokenizer.mask_token_id is None):
+        made, report = _load(name, "none")
+    _check_weights(name, made.model, report, fresh_head=True)
+    return made
+
+
+def load_like(name: str, like: Encoder, task: Task | None) -> Encoder:
+    """Load a checkpoint with a head of the same kind as `like`: for this task, where there is one."""
+    return load_body(name, head=like.head) if task is None else load(name, task, fresh_head=True)
+
+
+def fresh(config: Any, like: Encoder) -> Encoder:
+    """Return a model that starts at random (from torch's seed), with a head of the same kind as `like`."""
+    auto, what = _AUTO[like.head]
+    with explain_load("the student", what), quiet():
+        model = auto.from_config(config, trust_remote_code=False)
+    return Encoder(model.float().eval(), copy.deepcopy(like.tokenizer), like.head)
+
+
+def _load(name: str, head: Head, task: Task | None = None) -> tuple[Encoder, Mapping[str, Any]]:
+    """Return what is at a place, its head described by `task`, and what its weights lacked."""
     place = locate(name)
     options: dict[str, Any] = {"trust_remote_code": False}
-    with explain_load(name), quiet():
+    auto, what = _AUTO[head]
+    with explain_load(name, what), quiet():
         config = AutoConfig.from_pretrained(place, **options)
-        if fresh_head:
-            if task is None:
-                raise ValueError("fresh_head needs a task")
+        if task is not None:
             describe_task(config, task)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = auto.from_pretrained(
             place,
             config=config,
             use_safetensors=True,
@@ -476,9 +556,18 @@ def load(name: str, task: Task | None = None, *, fresh_head: bool = False) -> En
             ignore_mismatched_sizes=True,
             **options,
         )
-    _check_weights(name, model, report, fresh_head)
     require_fast(tokenizer, name)
-    return Encoder(model.eval(), tokenizer)
+    return Encoder(model.eval(), tokenizer, head), report
+
+
+def ffn_width(config: Any) -> int:
+    """Return the number of FFN units of a block."""
+    return int(config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size)
+
+
+def set_ffn_width(config: Any, width: int) -> None:
+    """Set the number of FFN units of a block."""
+    setattr(config, "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size", width)
 
 
 def describe_task(config: Any, task: Task) -> None:

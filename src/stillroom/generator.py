@@ -1,7 +1,5 @@
 """The generator: a masked language model that rewrites masked words of the training rows."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,7 @@ class Generator(nn.Module):
         given: dict[str, Any] = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
         if inputs.token_type_ids is not None and "token_type_ids" in self.tokenizer.model_input_names:
             given["token_type_ids"] = inputs.token_type_ids
-        with self._only(positions):
+        with encoder.head_sees_only(self.model, positions):
             logits: Tensor = self.model(**given).logits
         return logits[0]
 
@@ -52,21 +50,6 @@ class Generator(nn.Module):
         with durable.new_folder(folder) as aside, encoder.quiet():
             model.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
-
-    @contextmanager
-    def _only(self, positions: Tensor) -> Iterator[None]:
-        """Let the head see these positions alone, as one row: every family's head works per token."""
-
-        def select(_: nn.Module, __: Any, output: Any) -> Any:
-            output["last_hidden_state"] = output["last_hidden_state"].flatten(0, 1)[positions][None]
-            return output
-
-        body: Any = self.model.base_model
-        handle = body.register_forward_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 def load(name: str, *, fresh_head: bool = False) -> Generator:

@@ -190,6 +190,9 @@ class Recipe(_RecipeFile):
     """The model that is distilled; `teacher: DIR` is short for its name."""
     student: str = "4x312"
     """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
+    init: Annotated[str, Field(min_length=1)] = "auto"
+    """Its start: `random`, `teacher` (layers copied), `pca` (folded into fewer dimensions), a checkpoint.
+    `auto`: `random` for a size, `teacher` for layers."""
     method: MethodSettings = MethodSettings()
     """The distillation method and its options."""
     control: bool = False
@@ -197,12 +200,14 @@ class Recipe(_RecipeFile):
 
 
 class VariantSettings(Settings):
-    """A method of a comparison: its options, and what it trains with that others do not."""
+    """A method of a comparison: its options, and what it starts from and trains with that others do not."""
 
     method: MethodSettings
     """The method and its options."""
     training: dict[str, Any] = {}
     """Keys of `training` that hold for this method alone, such as its own learning rate."""
+    init: Annotated[str, Field(min_length=1)] | None = None
+    """How its students start; by default as the comparison says."""
 
     @model_validator(mode="before")
     @classmethod
@@ -221,6 +226,8 @@ class Comparison(_RecipeFile):
     """The model that is distilled; `teacher: DIR` is short for its name."""
     students: Annotated[tuple[str, ...], Field(min_length=1)] = ("4x312",)
     """Each as a recipe's `student`."""
+    init: Annotated[str, Field(min_length=1)] = "auto"
+    """How they start: as a recipe's `init`."""
     methods: Annotated[dict[str, VariantSettings], Field(min_length=1)]
     """By the name that tables show. A list of `NAME` or `NAME:OPTION=VALUE:...` is short for it."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0, 1, 2)
@@ -251,6 +258,7 @@ class Comparison(_RecipeFile):
         method = self.methods[variant]
         training = self.training.model_dump(exclude_unset=True) | method.training | {"seed": seed}
         values = {"teacher": self.teacher, "dataset": self.dataset, "student": student}
+        values["init"] = self.methods[variant].init or self.init
         return validate(Recipe, {**values, "method": method.method, "training": training}, variant)
 
     def save(self, path: Path) -> None:

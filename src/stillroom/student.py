@@ -1,4 +1,4 @@
-"""Build a student from a size, from the teacher's layers, or from a checkpoint."""
+"""Build a student from a size, from the teacher's layers, or from a checkpoint, and start it."""
 
 import copy
 import re
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
-from stillroom import encoder
+from stillroom import encoder, start
 from stillroom.data.tasks import Task
+from stillroom.data.tokens import TokenisedRows, fingerprint
 from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
 
@@ -63,58 +63,139 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     return None if match is None else tuple(int(part) for part in match[1].split(","))
 
 
-def build(text: str, teacher: Encoder, task: Task, *, seed: int) -> Encoder:
-    """Return the student that `text` describes, with the task's head.
+def build(
+    text: str,
+    teacher: Encoder,
+    task: Task | None,
+    *,
+    seed: int,
+    init: str = "auto",
+    tokens: TokenisedRows | None = None,
+) -> Encoder:
+    """Return the student that `text` describes, started as `init` says, with a head like the teacher's.
 
     Args:
         text: `LxH`, `layers:2,4,6`, or a local or hub checkpoint.
-        teacher: Gives architecture and tokenizer, and the weights of copied layers.
-        task: Gives the head its width and label names.
+        teacher: Gives architecture and tokenizer, and the weights that a student starts from.
+        task: Gives a classification head its width and label names; None where the models have none.
         seed: Everything that starts at random starts from this.
+        init: `random`; `teacher`: its layers, copied; `pca`: its layers, folded into fewer dimensions
+            (`start.fold`); or a checkpoint of the student's shape. `auto` is `random` for a size,
+            `teacher` for layers.
+        tokens: Training text as the teacher tokenises it, which `pca` looks at.
 
     Raises:
-        WrongInput: If the text fits none of the three, or the layers are not the teacher's.
+        WrongInput: If the text fits none of the three, the layers are not the teacher's, or the student
+            cannot start so.
     """
     layers = parse_layers(text)
     size = parse_size(text)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if layers is None and size is None:
+            if init != "auto":
+                raise WrongInput(
+                    f"The student {text} is a checkpoint and starts from its own weights: leave out "
+                    f"init={init}, or give the student a size such as 4x312."
+                )
+            return encoder.load_like(text, teacher, task)
+        kept = layers or ()
         if layers is not None:
-            return _copy_layers(layers, teacher, task)
-        if size is not None:
-            return _from_size(size, teacher, task)
-        return encoder.load(text, task, fresh_head=True)
+            _require_layers(layers, teacher)
+        if init in ("teacher", "pca") and size is not None:
+            kept = _spread(size.layers, teacher)
+        shape = size or Size(len(kept), teacher.width, teacher.heads, encoder.ffn_width(teacher.config))
+        same = (shape.width, shape.heads, shape.ffn) == _widths(teacher)
+        if init == "teacher" and not same:
+            raise WrongInput(
+                f"init=teacher copies layers, which needs the teacher's width, heads and FFN "
+                f"({'x'.join(map(str, _widths(teacher)))}), found a student of {shape.width}x{shape.heads}"
+                f"x{shape.ffn}. Use init=pca for a narrower student, or layers:2,4,6."
+            )
+        if same and (init in ("teacher", "pca") or (init == "auto" and layers is not None)):
+            return _copy_layers(kept, teacher, task)
+        if init not in ("auto", "random", "pca"):
+            return _from_checkpoint(init, text, shape, teacher, task)
+        made = _from_size(shape, teacher, task, kept)
+        if init == "pca":
+            if tokens is None:
+                raise ValueError("init=pca looks at training text: give the tokens")
+            made.to(teacher.words.device)
+            start.fold(teacher, made, kept, tokens)
+            made.to("cpu")
+        return made
+
+
+def _spread(depth: int, teacher: Encoder) -> tuple[int, ...]:
+    """Return the teacher layers, from 1, that `depth` blocks start from: every (M / N)-th, rounded up."""
+    if depth > teacher.depth:
+        raise WrongInput(
+            f"The student has {depth} layers, more than the teacher's {teacher.depth}, so it cannot start "
+            "from them: use init=random, or fewer layers."
+        )
+    return tuple(-(-i * teacher.depth // depth) for i in range(1, depth + 1))
+
+
+def _widths(model: Encoder) -> tuple[int, int, int]:
+    return model.width, model.heads, encoder.ffn_width(model.config)
+
+
+def _from_checkpoint(place: str, text: str, shape: Size, teacher: Encoder, task: Task | None) -> Encoder:
+    """Return a checkpoint that has the student's shape and the teacher's tokenizer."""
+    try:
+        made = encoder.load_like(place, teacher, task)
+    except WrongInput as error:
+        raise WrongInput(f"init should be random, teacher, pca or a checkpoint: {error}") from error
+    wanted = (shape.layers, shape.width, shape.heads, shape.ffn)
+    found = (made.depth, *_widths(made))
+    if wanted != found or made.config.model_type != teacher.config.model_type:
+        raise WrongInput(
+            f"init={place} should be a {teacher.config.model_type} of the student's shape, {text}: "
+            f"{'x'.join(map(str, wanted))} (layers, width, heads, FFN), found a {made.config.model_type} "
+            f"of {'x'.join(map(str, found))}. Give another checkpoint, or a student of its shape."
+        )
+    if fingerprint(made.tokenizer) != fingerprint(teacher.tokenizer):
+        raise WrongInput(
+            f"The tokenizer of init={place} is not the teacher's, so its word embeddings belong to other "
+            "tokens. Give a checkpoint that was made with this teacher's tokenizer."
+        )
+    return made
 
 
 def _heads(width: int) -> int:
     return next(heads for heads in range(-(-width // 64), width + 1) if width % heads == 0)
 
 
-def _from_size(size: Size, teacher: Encoder, task: Task) -> Encoder:
+def _from_size(size: Size, teacher: Encoder, task: Task | None, layers: tuple[int, ...] = ()) -> Encoder:
     config = copy.deepcopy(teacher.config)
-    encoder.describe_task(config, task)
-    _set_depth(config, list(range(size.layers)))
+    if task is not None:
+        encoder.describe_task(config, task)
+    _set_depth(config, [layer - 1 for layer in layers] or list(range(size.layers)))
     config.num_attention_heads = size.heads
     config.hidden_size = size.width
     # Names of the widths that follow from the hidden width, where a family has them.
     for name in ("embedding_size", "pooler_hidden_size", "classifier_hidden_size"):
         if getattr(config, name, None) is not None:
             setattr(config, name, size.width)
-    setattr(config, "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size", size.ffn)
-    return _from_config(config, teacher)
+    encoder.set_ffn_width(config, size.ffn)
+    return encoder.fresh(config, teacher)
 
 
-def _copy_layers(layers: tuple[int, ...], teacher: Encoder, task: Task) -> Encoder:
+def _require_layers(layers: tuple[int, ...], teacher: Encoder) -> None:
     if list(layers) != sorted(set(layers)) or layers[0] < 1 or layers[-1] > teacher.depth:
         raise WrongInput(
             f"Student layers:{','.join(map(str, layers))}: expected rising layer numbers from 1 to "
             f"{teacher.depth}, the teacher's last."
         )
+
+
+def _copy_layers(layers: tuple[int, ...], teacher: Encoder, task: Task | None) -> Encoder:
     config = copy.deepcopy(teacher.config)
-    encoder.describe_task(config, task)
+    if task is not None:
+        encoder.describe_task(config, task)
     prefix, _ = teacher.blocks()
     _set_depth(config, [layer - 1 for layer in layers])
-    student = _from_config(config, teacher)
+    student = encoder.fresh(config, teacher)
     position = {layer - 1: i for i, layer in enumerate(layers)}
     wanted = student.model.state_dict()
     weights = {}
@@ -137,9 +218,3 @@ def _set_depth(config: Any, kept: list[int]) -> None:
     types = getattr(config, "layer_types", None)
     if types is not None:
         config.layer_types = [types[block % old] for block in kept]
-
-
-def _from_config(config: Any, teacher: Encoder) -> Encoder:
-    with encoder.explain_load("the student"), encoder.quiet():
-        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-    return Encoder(model.float().eval(), copy.deepcopy(teacher.tokenizer))

@@ -19,7 +19,9 @@ from workspace import FAST, Workspace
 
 from stillroom import Comparison, WrongInput, compare
 from stillroom.cli import app
+from stillroom.cli.compare import read
 from stillroom.evaluation import predictions
+from stillroom.run.compare import _changes, resolve
 from stillroom.run.compare import _study as handing_out
 
 TIMES = {"seconds", "examples_per_second", "ms_per_example", "environment"}
@@ -270,3 +272,13 @@ def test_no_run_is_handed_out_twice(tmp_path: Path) -> None:
         for done in [pool.submit(work) for _ in range(4)]:
             done.result()
     assert len(taken) == 28 and sorted(set(taken)) == sorted(taken)
+
+
+def test_each_method_may_have_its_own_start() -> None:
+    given = {"teacher": "t", "dataset": "d", "methods": ["none", "kd"], "init": "pca"}
+    comparison = read(None, [], ["kd:init=runs/pretrained"], **given)
+    starts = {name: comparison.recipe("4x312", name, 0).init for name in comparison.methods}
+    assert starts == {"none": "pca", "kd": "runs/pretrained"}
+    assert resolve(comparison).methods["kd"].init == "runs/pretrained"
+    changed = list(_changes(comparison, comparison.model_copy(update={"init": "random"})))
+    assert changed == ["init is 'pca' there, 'random' here"]

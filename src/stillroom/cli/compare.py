@@ -49,6 +49,15 @@ def compare(
             rich_help_panel=WHAT,
         ),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="How students start: random, teacher (its layers, copied), pca (its layers, folded into "
+            "fewer dimensions), or a checkpoint. Default: random for a size, teacher for layers.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Seeds 0 to N - 1. Default: 3.", rich_help_panel=WHAT),
@@ -72,7 +81,7 @@ def compare(
             "--set-for",
             metavar="NAME:KEY=VALUE",
             help="Set a key for one method alone (named as in --methods), such as "
-            "kd:training.learning_rate=3e-4; may be repeated.",
+            "kd:training.learning_rate=3e-4 or kd:init=pca; may be repeated.",
             rich_help_panel=frame.RUN,
         ),
     ] = None,
@@ -123,6 +132,7 @@ def compare(
                 dataset=dataset,
                 methods=split_methods(methods),
                 students=split_students(students),
+                init=init,
                 seeds=seeds,
             ),
             output,
@@ -156,7 +166,7 @@ def read(path: Path | None, overrides: list[str], for_one: list[str], **given: A
             for name, method in validate(Comparison, values).methods.items()
         }
     for text in for_one:
-        match = re.fullmatch(r"(.+?):((?:training|method)\..+)", text)
+        match = re.fullmatch(r"(.+?):((?:(?:training|method)\.|init=).+)", text)
         if match is None:
             raise WrongInput(
                 "Expected `--set-for NAME:KEY=VALUE`, such as kd:training.learning_rate=3e-4, found "

@@ -13,6 +13,7 @@ from stillroom.errors import WrongInput
 EXAMPLES = frame.examples(
     "stillroom distill --teacher runs/teacher --dataset builtin/verdicts --student layers:2,4,6 -o runs/a",
     "stillroom distill recipe.yaml -o runs/b --control --set training.epochs=3 --set method.temperature=2",
+    "stillroom distill --teacher runs/teacher --dataset glue/mrpc --student 4x312 --init pca -o runs/c",
     "stillroom distill recipe.yaml -o runs/b --dry-run",
     "stillroom distill --resume runs/b",
 )
@@ -33,6 +34,15 @@ def distill(
         typer.Option(
             metavar="S",
             help="A size such as 4x312 (the default), layers:2,4,6 of the teacher, or a checkpoint.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="How the student starts: random, teacher (its layers, copied), pca (its layers, folded "
+            "into fewer dimensions), or a checkpoint. Default: random for a size, teacher for layers.",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -84,6 +94,7 @@ def distill(
         "RECIPE.yaml": recipe,
         "--teacher": teacher,
         "--student": student,
+        "--init": init,
         "--method": method,
         "--dataset": dataset,
         "--data-dir": data_dir,
@@ -115,6 +126,7 @@ def distill(
             frame.overrides(given, data_dir=data_dir, seed=seed),
             teacher=teacher,
             student=student,
+            init=init,
             method=method,
             dataset=dataset,
             control=control,

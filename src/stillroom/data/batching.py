@@ -16,19 +16,24 @@ _POOL = 50
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an encoder reads. All int64, shape `(B, S)`; `attention_mask` is 1 on real tokens."""
+    """What an encoder reads. All int64, shape `(B, S)`; `attention_mask` is 1 on real tokens.
+
+    `positions` `(n,)`, in the flattened `(B, S)`, are words that a masked-LM head guesses; else None.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor | None
+    positions: Tensor | None = None
 
     def to(self, device: torch.device) -> "Inputs":
         """Return a copy on `device` (without waiting for the transfer)."""
-        types = self.token_type_ids
+        types, positions = self.token_type_ids, self.positions
         return Inputs(
             self.input_ids.to(device, non_blocking=True),
             self.attention_mask.to(device, non_blocking=True),
             None if types is None else types.to(device, non_blocking=True),
+            None if positions is None else positions.to(device, non_blocking=True),
         )
 
 

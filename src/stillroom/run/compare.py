@@ -43,7 +43,7 @@ from stillroom.evaluation.predict import predict
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.evaluation.significance import RESAMPLED, bootstrap_over_seeds
 from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
-from stillroom.recipe import Comparison, MethodSettings, Recipe, VariantSettings
+from stillroom.recipe import Comparison, MethodSettings, Recipe
 from stillroom.report import page
 from stillroom.run.parts import Common, Parts, training_figures
 from stillroom.training.loop import CHECKPOINTS
@@ -164,7 +164,8 @@ def resolve(comparison: Comparison) -> Comparison:
         method = MethodSettings(name=given.method.name, **settings.model_dump(mode="json"))
         defaults = methods.find(given.method.name).training
         unset = {k: v for k, v in defaults.items() if k not in comparison.training.model_fields_set}
-        variants[name] = VariantSettings(method=method, training={**unset, **given.training})
+        update = {"method": method, "training": {**unset, **given.training}}
+        variants[name] = given.model_copy(update=update)
     comparison = comparison.model_copy(update={"methods": variants})
     for name in variants:
         # A wrong key under a method's training is an error now and not hours later.
@@ -483,6 +484,7 @@ def _changes(before: Comparison, now: Comparison) -> Iterator[str]:
             {
                 "dataset": one.dataset.model_dump(mode="json", exclude=places),
                 "training": one.training.model_dump(mode="json"),
+                "init": one.init,
                 "methods": {
                     name: variant.model_dump(mode="json")
                     for name, variant in one.methods.items()

@@ -78,7 +78,7 @@ class Parts:
     def of(cls, recipe: Recipe, common: Common, console: Console) -> Self:
         """Return a new student and the method's plan, beside what is shared."""
         dataset, teacher = common.dataset, common.teacher
-        made = student.build(recipe.student, teacher, dataset.task, seed=recipe.training.seed)
+        made = _student(recipe, teacher, dataset, common.teacher_tokens["train"])
         torch.manual_seed(recipe.training.seed)
         plan = methods.build(recipe.method, context_of(dataset, made, teacher))
         tokens = common.tokens(made, console)
@@ -160,7 +160,9 @@ class Parts:
             The recipe with the precision spelt out, so that it stays what it is on a machine
             without bf16.
         """
-        inputs = provenance.inputs_of(self.dataset, self.teacher, self.student, self.tokens, self.generator)
+        # A folded start follows from teacher and rows, but its last bits from the machine as well.
+        made = None if recipe.init == "pca" else self.student
+        inputs = provenance.inputs_of(self.dataset, self.teacher, made, self.tokens, self.generator)
         machine = environment(bf16=self.bf16)
         if resume:
             provenance.require_same(folder, inputs, machine, console)
@@ -175,13 +177,28 @@ class Parts:
     def control(self, recipe: Recipe) -> tuple[Recipe, "Parts"]:
         """Return the same run from hard labels alone, everything else equal."""
         alone = recipe.model_copy(update={"method": MethodSettings(name="none"), "control": False})
-        made = student.build(recipe.student, self.teacher, self.dataset.task, seed=recipe.training.seed)
+        made = _student(recipe, self.teacher, self.dataset, self.tokens.teacher["train"])
         plan = methods.build(alone.method, context_of(self.dataset, made, self.teacher))
         return alone, replace(self, student=made, plan=plan, generator=None)
 
 
 def _repeated(recipe: Recipe, repeated: bool) -> bool:
     return repeated or recipe.training.epochs > 1
+
+
+def _student(recipe: Recipe, teacher: Encoder, dataset: Dataset, tokens: TokenisedRows) -> Encoder:
+    """Return a recipe's student, new, as it starts."""
+    if recipe.init == "pca":
+        # Folded where training is, whatever ran before.
+        teacher.to(Accelerator().device)
+    return student.build(
+        recipe.student,
+        teacher,
+        dataset.task,
+        seed=recipe.training.seed,
+        init=recipe.init,
+        tokens=tokens,
+    )
 
 
 def context_of(dataset: Dataset, made: Encoder, teacher: Encoder) -> Context:

@@ -1,0 +1,340 @@
+"""A student that starts from its teacher: exact where nothing is lost, and what is lost is the least."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from workspace import write_data
+
+from stillroom import Recipe, distill, start, student
+from stillroom.encoder import Encoder, Needs, weights_hash
+from stillroom.errors import WrongInput
+from stillroom.provenance import RECIPE
+from tiny import make_batch_of, make_encoder, make_rows, make_task, make_teacher, make_tokens, save_encoder
+
+TASK = make_task()
+ROWS = make_rows(TASK, 64)
+KNOWN = ("bert", "roberta", "distilbert")
+QUIET = Console(quiet=True)
+
+
+def made(text: str, teacher: Encoder, init: str = "pca", *, seed: int = 0) -> Encoder:
+    return student.build(text, teacher, TASK, seed=seed, init=init, tokens=make_tokens(ROWS, teacher))
+
+
+def run(model: Encoder, *states: int) -> Any:
+    with torch.no_grad():
+        needs = Needs(logits=True, hidden_states=frozenset(states))
+        return model(make_batch_of(ROWS, model).student, needs)
+
+
+def logits(model: Encoder) -> Tensor:
+    found: Tensor = run(model).logits
+    return found
+
+
+def varied(teacher: Encoder) -> Encoder:
+    """Return the teacher with norms and biases as training leaves them, not all ones and zeros."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif "embeddings" not in name:
+                parameter.mul_(5)
+    return teacher
+
+
+def covariance(width: int = 12, seed: int = 0) -> Tensor:
+    states = np.random.default_rng(seed).normal(size=(200, width)) * np.linspace(0.1, 3, width)
+    return torch.from_numpy(
+        np.cov(states @ np.random.default_rng(1).normal(size=(width, width)), rowvar=False)
+    )
+
+
+# The projection
+
+
+@pytest.mark.parametrize("width", [2, 5, 11, 12])
+def test_projection_is_an_orthonormal_basis_of_the_principal_directions(width: int) -> None:
+    matrix = covariance()
+    P = start.principal_projection(matrix, width)
+    assert torch.allclose(P.T @ P, torch.eye(width, dtype=torch.float64), atol=1e-12)
+    # The constant vector is kept as the constant vector, so that centring commutes with P.
+    assert torch.allclose(
+        P @ torch.full((width,), width**-0.5).double(), torch.full((12,), 12**-0.5).double()
+    )
+    centring = torch.eye(12).double() - 1 / 12
+    variance = torch.linalg.eigvalsh(centring @ matrix @ centring)
+    kept = (P.T @ centring @ matrix @ centring @ P).trace()
+    assert kept.item() == pytest.approx(variance[-(width - 1) :].sum().item(), rel=1e-9)
+
+
+def test_projection_is_the_identity_where_nothing_is_dropped() -> None:
+    assert torch.equal(start.principal_projection(covariance(), 12), torch.eye(12, dtype=torch.float64))
+
+
+def test_projection_is_the_nearest_to_the_axes() -> None:
+    """No rotation of the basis that keeps the constant vector lies nearer to the axes it stands for."""
+    matrix = covariance()
+    P = start.principal_projection(matrix, 6)
+    axes = P.square().sum(1).topk(6).indices.sort().values
+    c = torch.full((6, 1), 6**-0.5, dtype=torch.float64)
+    chance = torch.Generator().manual_seed(0)
+    for scale in (1e-3, 0.1, 1.0):
+        turn = scale * torch.randn(6, 6, generator=chance, dtype=torch.float64)
+        skew = (turn - turn.T) / 2
+        centred = torch.eye(6).double() - c @ c.T
+        rotation = torch.linalg.matrix_exp(centred @ skew @ centred)
+        assert P[axes].trace() >= (P @ rotation)[axes].trace()
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("layers", [4, 2])
+def test_exact_where_the_widths_agree(family: str, layers: int) -> None:
+    teacher = varied(make_encoder(family, layers=4))
+    want = made("layers:1,2,3,4" if layers == 4 else "layers:2,4", teacher, "auto")
+    for init in ("pca", "teacher"):
+        assert weights_hash(made(f"{layers}x16x2x32", teacher, init).model) == weights_hash(want.model)
+    assert weights_hash(made("layers:2,4", teacher).model) == weights_hash(
+        made("layers:2,4", teacher, "auto").model
+    )
+    # The folding itself, which `build` has no need of here.
+    folded = made(f"{layers}x16x2x32", teacher, "random", seed=3)
+    kept = (1, 2, 3, 4) if layers == 4 else (2, 4)
+    start.fold(teacher, folded, kept, make_tokens(ROWS, teacher))
+    if layers == 4:
+        # With a layer gone, the norms of what is left are fitted to the layers that were there.
+        assert torch.allclose(logits(folded), logits(teacher), atol=1e-5)
+    for name, value in folded.model.state_dict().items():
+        if "norm" not in name.lower():
+            assert torch.allclose(value, want.model.state_dict()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_exact_where_what_goes_writes_nothing_that_varies(family: str) -> None:
+    """Half of the units write nothing, or the same in every state: a student without them is exact."""
+    teacher = varied(make_encoder(family, layers=2))
+    names = start._FAMILIES[family]
+    with torch.no_grad():
+        for block in teacher.blocks()[1]:
+            into, out = block.get_submodule(names.ffn_in), block.get_submodule(names.ffn_out)
+            out.weight[:, 1::4] = 0
+            into.weight[3::4] = 0
+            into.bias[3::4] = 0.5
+            out.weight[:, 3::4] *= 1e-2
+    found = made("2x16x2x16", teacher)
+    assert found.model.state_dict().keys() == teacher.model.state_dict().keys()
+    assert torch.allclose(logits(found), logits(teacher), atol=1e-5)
+    first = found.blocks()[1][0].get_submodule(names.ffn_in).weight
+    assert torch.allclose(first, teacher.blocks()[1][0].get_submodule(names.ffn_in).weight[::2])
+
+
+def test_scores_are_exact_where_queries_and_keys_have_the_students_rank() -> None:
+    chance = torch.Generator().manual_seed(0)
+    q, k = (
+        torch.randn(500, 3, generator=chance).double() @ torch.randn(3, 8, generator=chance).double()
+        for _ in range(2)
+    )
+    A, B = start._reduced_scores(q.T @ q / 500, torch.cov(k.T, correction=0), 3)
+    centred = k - k.mean(0)
+    assert torch.allclose((q @ A.T) @ (centred @ B.T).T / 3**0.5, q @ centred.T / 8**0.5, atol=1e-6)
+
+
+def test_scores_lose_the_least() -> None:
+    """The expected squared error over independent queries and keys is what Eckart-Young drops."""
+    chance = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(4000, 6, generator=chance).double() * torch.arange(1, 7) for _ in range(2))
+    k = k - k.mean(0)
+    query, key = q.T @ q / 4000, k.T @ k / 4000
+    A, B = start._reduced_scores(query, key, 4)
+    error = torch.eye(6).double() / 6**0.5 - A.T @ B / 4**0.5
+    singular = torch.linalg.svdvals(start._root(query) @ start._root(key)) / 6**0.5
+    want = singular[4:].square().sum()
+    assert (query @ error @ key @ error.T).trace().item() == pytest.approx(want.item(), rel=1e-9)
+
+
+# Importance, norms, and what is left
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_head_that_writes_most_is_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    whole = start.principal_projection
+    monkeypatch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+    names = start._FAMILIES[family]
+    for head in (0, 1):
+        teacher = varied(make_encoder(family, layers=2))
+        with torch.no_grad():
+            for block in teacher.blocks()[1]:
+                block.get_submodule(names.attention_out).weight[:, 8 * (1 - head) : 8 * (2 - head)] *= 1e-2
+        found = made("2x8x1x32", teacher)
+        old = teacher.blocks()[1][1].get_submodule(names.query).weight.double()
+        new = found.blocks()[1][1].get_submodule(names.query).weight.double()
+        assert torch.allclose(new, old[8 * head : 8 * (head + 1)] @ seen[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_states_follow_the_teachers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    whole = start.principal_projection
+    monkeypatch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+    teacher = varied(make_encoder(family, layers=4, width=32))
+    found = made("2x24x2x48", teacher)
+    mask = make_batch_of(ROWS, teacher).student.attention_mask.bool()
+    for mine, theirs in ((0, 0), (1, 2), (2, 4)):
+        s = run(found, mine).hidden_states[mine][mask].double()
+        goal = run(teacher, theirs).hidden_states[theirs][mask].double() @ seen[0]
+        lost = (s - goal).square().sum() / (goal - goal.mean(0)).square().sum()
+        assert lost < (0.2, 0.7, 0.9)[mine], mine
+
+
+def test_norms_are_fitted_by_least_squares() -> None:
+    """On the rows that they are fitted on, residuals have no mean, and nothing of the normalised state."""
+    teacher = varied(make_encoder(layers=2, width=32))
+    tokens = make_tokens(ROWS, teacher)
+    seen: list[Tensor] = []
+    whole = start.principal_projection
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+        found = student.build("2x24x2x48", teacher, TASK, seed=0, init="pca", tokens=tokens)
+    inputs = start._joined(start.sample(tokens, start.NORM_TOKENS))
+    mask = inputs.attention_mask.bool()
+    assert len(mask) == len(ROWS)
+    with torch.no_grad():
+        for layer in (0, 1, 2):
+            needs = Needs(hidden_states=frozenset({layer}))
+            s, t = (model(inputs, needs).hidden_states[layer][mask].double() for model in (found, teacher))
+            rest = s - t @ seen[0]
+            assert rest.mean(0).abs().max() < 1e-5
+            scale = s.std(0) * rest.std(0)
+            assert (((s - s.mean(0)) * rest).mean(0) / scale).abs().max() < 1e-3
+
+
+def test_a_student_of_a_trained_teacher_starts_above_chance() -> None:
+    """Half of the width still solves the toy task without a step of training."""
+    teacher = make_teacher()
+    rows = make_rows(TASK, 96, seed=9)
+
+    def accuracy(model: Encoder) -> float:
+        with torch.no_grad():
+            found = model(make_batch_of(rows, model).student, Needs(logits=True)).logits.argmax(1)
+        return (found.numpy() == rows.labels).mean()
+
+    found = student.build("4x16x2x32", teacher, TASK, seed=0, init="pca", tokens=make_tokens(ROWS, teacher))
+    assert accuracy(teacher) > 0.95
+    assert accuracy(found) > 0.8
+
+
+# Seeds, and what is refused
+
+
+def test_seeds() -> None:
+    teacher = varied(make_encoder(layers=4, width=24))
+    before, state = weights_hash(teacher.model), torch.get_rng_state()
+    hashes = {
+        init: [weights_hash(made("2x16x2x32", teacher, init, seed=seed).model) for seed in (0, 0, 1)]
+        for init in ("pca", "random", "auto")
+    }
+    assert len(set(hashes["pca"])) == 1
+    assert hashes["random"] == hashes["auto"]
+    assert hashes["random"][0] == hashes["random"][1] != hashes["random"][2]
+    assert weights_hash(teacher.model) == before and torch.equal(torch.get_rng_state(), state)
+    assert made("2x16x2x32", teacher).words.device.type == "cpu"
+
+
+def test_layers_can_start_at_random() -> None:
+    teacher = make_encoder(layers=4)
+    found = made("layers:2,4", teacher, "random")
+    assert (found.depth, found.width, found.heads) == (2, 16, 2)
+    assert not torch.equal(found.words, teacher.words)
+
+
+def test_a_checkpoint_as_start_brings_its_weights_and_no_head(tmp_path: Path) -> None:
+    teacher = make_encoder(layers=4, width=24)
+    place = save_encoder(tmp_path / "m", width=16, seed=7, task=make_task("multi-label"))
+    found = made("2x16x2x32", teacher, str(place))
+    want = make_encoder(width=16, seed=7)
+    body = {n: v for n, v in want.model.state_dict().items() if n.startswith("bert.")}
+    assert all(torch.equal(found.model.state_dict()[name], value) for name, value in body.items())
+    assert logits(found).shape == (64, 2) and found.labels == TASK.labels
+    again, other = (made("2x16x2x32", teacher, str(place), seed=seed) for seed in (0, 1))
+    assert weights_hash(found.model) == weights_hash(again.model) != weights_hash(other.model)
+
+
+@pytest.mark.parametrize(
+    ("text", "init", "match"),
+    [
+        ("2x16", "teacher", "needs the teacher's width.*24x2x48.*16x1x64.*init=pca"),
+        ("2x24x3", "teacher", "24x2x48.*24x3x96"),
+        ("5x24x2x48", "teacher", "5 layers, more than the teacher's 4"),
+        ("2x32", "pca", "32 width .the teacher 24.*init=random"),
+        ("2x24x4x48", "pca", "4 heads .the teacher 2"),
+        ("2x16x1", "pca", "16 units in a head .the teacher 12"),
+        ("2x16x2x64", "pca", "64 FFN units .the teacher 48"),
+        ("5x16x2x32", "pca", "5 layers, more than"),
+        ("layers:5", "pca", "rising layer numbers from 1 to 4"),
+        ("2x16", "pac", "init should be random, teacher, pca or a checkpoint: pac"),
+        ("2x16", "./nothing", "init should be .*no.* ./nothing"),
+    ],
+)
+def test_starts_that_cannot_be_are_refused(text: str, init: str, match: str) -> None:
+    with pytest.raises(WrongInput, match=match):
+        made(text, make_encoder(layers=4, width=24), init)
+
+
+@pytest.mark.parametrize("family", ["electra", "modernbert", "deberta-v2", "mpnet"])
+def test_families_whose_weights_are_not_known_are_refused(family: str) -> None:
+    with pytest.raises(WrongInput, match=f"init=pca folds .*bert.* is a {family}.*layers:2,4,6"):
+        made("2x8x2x16", make_encoder(family, layers=4))
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    teacher = make_encoder(layers=4, width=24)
+    other = save_encoder(tmp_path / "m", width=16)
+    with pytest.raises(WrongInput, match=r"2x24x2x48 \(layers.*found a bert of 2x16x2x32"):
+        made("2x24x2x48", teacher, str(other))
+    with pytest.raises(WrongInput, match="is a checkpoint and starts from its own weights.*init=pca"):
+        made(str(other), teacher)
+    family = save_encoder(tmp_path / "r", family="distilbert", width=16)
+    with pytest.raises(WrongInput, match="should be a bert"):
+        made("2x16x2x32", teacher, str(family))
+    words = make_encoder(width=16)
+    words.tokenizer.add_tokens(["unheard"])
+    words.save(tmp_path / "w")
+    with pytest.raises(WrongInput, match="tokenizer of .* is not the teacher's"):
+        made("2x16x2x32", teacher, str(tmp_path / "w"))
+
+
+# Runs
+
+
+def test_a_resolved_recipe_gives_the_same_student_again_and_after_a_kill(tmp_path: Path) -> None:
+    make_teacher().save(tmp_path / "teacher")
+    settings = ["epochs=0.5", "batch_size=32", "checkpoint_every=2", "precision=float32"]
+    recipe = Recipe.load(
+        teacher=str(tmp_path / "teacher"),
+        dataset=str(write_data(tmp_path / "rows")),
+        student="2x16x2x32",
+        init="pca",
+        method="kd",
+        overrides=[f"training.{text}" for text in settings],
+    )
+    distill(recipe, tmp_path / "a", console=QUIET)
+    again = Recipe.load(tmp_path / "a" / RECIPE)
+    assert again.init == "pca"
+    distill(again, tmp_path / "b", console=QUIET)
+    student_file = "student/model.safetensors"
+    want = (tmp_path / "a" / student_file).read_bytes()
+    assert (tmp_path / "b" / student_file).read_bytes() == want
+    max((tmp_path / "b" / "checkpoints").iterdir()).rename(tmp_path / "gone")
+    (tmp_path / "b" / student_file).unlink()
+    distill(None, tmp_path / "b", resume=True, console=QUIET)
+    assert (tmp_path / "b" / student_file).read_bytes() == want
