@@ -47,6 +47,10 @@ class DatasetSettings(Settings):
     """Rows are cut to this many tokens."""
     train_rows: Annotated[int, Field(ge=2)] | None = None
     """Use only this many training rows, drawn with a fixed seed (0). Default: all."""
+    augmented: Path | None = None
+    """File of augmented rows, from `stillroom augment`, to train on beside the training rows."""
+    augmented_labels: Literal["teacher", "source"] = "teacher"
+    """Hard labels of augmented rows: the teacher's predictions, or those of their source rows."""
 
 
 class TeacherSettings(Settings):

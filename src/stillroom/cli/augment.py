@@ -1,7 +1,8 @@
-"""`stillroom augment`: look at the text that a generator writes."""
+"""`stillroom augment`: rows with words replaced, to look at or to train on."""
 
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,23 +15,80 @@ EXAMPLES = frame.examples(
     "stillroom augment runs/cilda --rows 5",
     "stillroom augment runs/kd --generator runs/generator --split validation --json",
     "stillroom augment --teacher runs/teacher --student runs/a --generator runs/g --dataset glue/sst2",
+    "stillroom augment --method tinybert --generator runs/generator --dataset glue/sst2 --rows 5",
+    "stillroom augment --method tinybert --generator bert-base-uncased --vectors glove.6B.300d.txt "
+    "--dataset glue/sst2 -o sst2.augmented.parquet",
 )
-WITHOUT = "Without a run"
+WITHOUT = "Method generator without a run"
+TINYBERT = "Method tinybert"
 
 
 def augment(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A finished run; it names everything else.")
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="Method generator: a finished run; it names everything else."),
     ] = None,
+    method: Annotated[
+        Literal["generator", "tinybert"],
+        typer.Option(
+            help="generator: a model that learns beside the student rewrites rows in each step of a run; "
+            "this shows them. tinybert: words are replaced ahead of training; -o writes for --augmented."
+        ),
+    ] = "generator",
     generator: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="A masked language model, in place of the run's own."),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, metavar="N", help="How many rows to show.")] = 8,
     split: Annotated[str, typer.Option(metavar="NAME", help="Where they come from.")] = "train",
-    draw: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Another number masks and draws other words.")
-    ] = 0,
+    draw: Annotated[int, typer.Option(min=0, metavar="N", help="Another number draws other words.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Augment every training row into this Parquet file. A call that was killed goes on when "
+            "it is made again.",
+            rich_help_panel=TINYBERT,
+        ),
+    ] = None,
+    copies: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Draws for each text of a row. Default: 10 to 30 by GLUE task as TinyBERT, else 20; 3 to "
+            "show.",
+            rich_help_panel=TINYBERT,
+        ),
+    ] = None,
+    candidates: Annotated[
+        int,
+        typer.Option(
+            metavar="K", min=1, help="Words that one is drawn from for each word.", rich_help_panel=TINYBERT
+        ),
+    ] = 15,
+    probability: Annotated[
+        float,
+        typer.Option(metavar="P", min=0, max=1, help="Of replacing each word.", rich_help_panel=TINYBERT),
+    ] = 0.4,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Word vectors in GloVe's text format, for words that are several tokens to the generator.",
+            rich_help_panel=TINYBERT,
+        ),
+    ] = None,
+    synonyms: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table with lemma and synonyms (lists), such as WordNet's, for words that neither knows.",
+            rich_help_panel=TINYBERT,
+        ),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(metavar="DIR", help="A folder or a hub id.", rich_help_panel=WITHOUT)
     ] = None,
@@ -42,15 +100,25 @@ def augment(
     given: frame.Overrides = None,
     as_json: frame.AsJson = False,
 ) -> None:
-    """Show rows as a generator rewrites them: text, mask, new words, and what both models say.
+    """Replace words of rows: show it, or write augmented rows to a file to train on.
 
-    A run's generator is that of its newest checkpoint: where it learnt to make student and teacher
-    differ, the rows show how.
+    Method generator shows rows as a generator rewrites them: text, mask, new words, and what both models
+    say. A run's generator is that of its newest checkpoint: where it learnt to make student and teacher
+    differ, the rows show how. Method tinybert draws words from a masked language model, word vectors or
+    synonyms.
     """
 
-    def work(console: Console) -> dict[str, Any]:
+    def by_generator(console: Console) -> dict[str, Any]:
         from stillroom.run.augment import augment, recipe_of
 
+        for name, value in {
+            "--output": output,
+            "--copies": copies,
+            "--vectors": vectors,
+            "--synonyms": synonyms,
+        }.items():
+            if value is not None:
+                raise WrongInput(f"{name} is of another method: add --method tinybert, or leave it out.")
         named = {"--teacher": teacher, "--student": student, "--dataset": dataset}
         if run is not None and any(named.values()):
             beside = ", ".join(name for name, value in named.items() if value)
@@ -69,9 +137,66 @@ def augment(
         own = None if generator else run
         return augment(recipe, folder=own, split=split, rows=rows, draw=draw, console=console)
 
-    found = frame.execute(work, as_json=as_json)
-    if not as_json:
+    def by_words(console: Console) -> dict[str, Any]:
+        from stillroom.recipe import validate
+        from stillroom.run.replace_words import Replacement, show, write
+
+        beside = {"RUN": run, "--teacher": teacher, "--student": student}
+        wrong = [name for name, value in beside.items() if value is not None]
+        if wrong:
+            raise WrongInput(
+                f"Method tinybert reads rows and no student: leave out {', '.join(wrong)}, and name the "
+                "rows with --dataset."
+            )
+        data = frame.dataset_settings(dataset, data_dir, given)
+        if dataset is None:
+            raise WrongInput("Expected rows to augment: give --dataset.")
+        values = {
+            "generator": generator,
+            "vectors": vectors,
+            "synonyms": synonyms,
+            "copies": copies,
+            "candidates": candidates,
+            "probability": probability,
+            "draw": draw,
+        }
+        how = validate(Replacement, values)
+        if output is None:
+            return show(data, how, split=split, rows=rows, console=console)
+        if split != "train":
+            raise WrongInput(f"Training rows are augmented: leave out --split {split}.")
+        return write(data, how, output, console=console)
+
+    found = frame.execute(
+        by_words if method == "tinybert" else by_generator,
+        as_json=as_json,
+        stopped=lambda: "Stopped." if output is None else "Stopped. The same command goes on from here.",
+    )
+    if as_json:
+        return
+    if output is not None:
+        words = ", ".join(f"{count:,} by {who}" for who, count in found["words"].items())
+        frame.show(
+            f"{output}: {found['augmented']:,} augmented rows of {found['rows']:,}. "
+            f"Words: {words or 'none'}.",
+            f"Next: stillroom distill --augmented {shlex.quote(str(output))} ...",
+        )
+    elif method == "tinybert":
+        _show_copies(found)
+    else:
         _show(found)
+
+
+def _show_copies(found: dict[str, Any]) -> None:
+    columns = {"row": "right", "text": "left"}
+    table = frame.table(
+        columns, title=f"{found['dataset']} {found['split']}: rows, and augmented rows of each"
+    )
+    for row in found["rows"]:
+        table.add_row(str(row["row"]), escape(row["original"]))
+        for text in row["augmented"]:
+            table.add_row("", escape(text))
+    frame.show(table)
 
 
 def _show(found: dict[str, Any]) -> None:

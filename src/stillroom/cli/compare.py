@@ -64,6 +64,7 @@ def compare(
     ] = None,
     dataset: frame.OptionalDataset = None,
     data_dir: frame.DataDir = None,
+    augmented: frame.Augmented = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -126,7 +127,7 @@ def compare(
         return compare(
             read(
                 comparison,
-                [*frame.overrides(given, data_dir=data_dir)],
+                frame.overrides(given, data_dir=data_dir, augmented=augmented),
                 for_one or [],
                 teacher=teacher,
                 dataset=dataset,

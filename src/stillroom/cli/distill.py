@@ -56,6 +56,7 @@ def distill(
     ] = None,
     dataset: frame.OptionalDataset = None,
     data_dir: frame.DataDir = None,
+    augmented: frame.Augmented = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -98,6 +99,7 @@ def distill(
         "--method": method,
         "--dataset": dataset,
         "--data-dir": data_dir,
+        "--augmented": augmented,
         "--output": output,
         "--set": given or None,
         "--seed": seed,
@@ -123,7 +125,7 @@ def distill(
             )
         loaded = Recipe.load(
             recipe,
-            frame.overrides(given, data_dir=data_dir, seed=seed),
+            frame.overrides(given, data_dir=data_dir, augmented=augmented, seed=seed),
             teacher=teacher,
             student=student,
             init=init,

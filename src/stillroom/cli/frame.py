@@ -48,6 +48,14 @@ DataDir = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+Augmented = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Rows that `stillroom augment` wrote, to train on as well; the teacher labels them.",
+        rich_help_panel=DATA,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -83,11 +91,16 @@ def examples(*commands: str) -> str:
 
 
 def overrides(
-    given: Sequence[str] | None, *, data_dir: Path | None = None, seed: int | None = None
+    given: Sequence[str] | None,
+    *,
+    data_dir: Path | None = None,
+    augmented: Path | None = None,
+    seed: int | None = None,
 ) -> list[str]:
-    """Return what `--data-dir`, `--seed` and `--set` ask for, as `key=value` in order."""
+    """Return what `--data-dir`, `--augmented`, `--seed` and `--set` ask for, as `key=value` in order."""
     # JSON is YAML, and quotes what YAML would read as a number or a date.
-    short = [] if data_dir is None else [f"dataset.data_dir={json.dumps(str(data_dir))}"]
+    paths = {"dataset.data_dir": data_dir, "dataset.augmented": augmented}
+    short = [f"{key}={json.dumps(str(path))}" for key, path in paths.items() if path is not None]
     return [*short, *([] if seed is None else [f"training.seed={seed}"]), *(given or ())]
 
 
@@ -114,7 +127,9 @@ def data_options(folder: Path) -> str:
 
     settings = DatasetSettings.model_validate(read_yaml(folder / "recipe.yaml")["dataset"])
     options = ["--dataset", settings.name]
-    for key, value in settings.model_dump(mode="json", exclude={"name"}, exclude_defaults=True).items():
+    # What is trained on beside the rows says nothing of how the rows are read.
+    left_out = {"name", "augmented", "augmented_labels"}
+    for key, value in settings.model_dump(mode="json", exclude=left_out, exclude_defaults=True).items():
         if key == "data_dir":
             options += ["--data-dir", value]
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasets import load_dataset
 
-from stillroom.data import builtin, tables
+from stillroom.data import augmented, builtin, tables
 from stillroom.data.columns import rows_of, task_of
 from stillroom.data.tables import Table
 from stillroom.data.tasks import GLUE, Dataset, Kind, Rows, Task
@@ -68,7 +68,7 @@ def load(settings: DatasetSettings, splits: Sequence[str] = ("train", "validatio
     Args:
         settings: The data set's name and how to read it.
         splits: Names of the splits. MNLI has `validation_matched` (also called `validation`) and
-            `validation_mismatched`.
+            `validation_mismatched`. A single file has `train`, `validation` and `all`, every row of it.
 
     Raises:
         WrongInput: If the data set, a file, a column, a text or a label is missing or not as
@@ -78,10 +78,28 @@ def load(settings: DatasetSettings, splits: Sequence[str] = ("train", "validatio
         dataset = _load(settings, splits)
     except OSError as error:
         raise WrongInput(f"{settings.name} cannot be read: {error}. Check the path.") from error
-    if settings.train_rows is not None and "train" in dataset.splits:
-        drawn = _draw(dataset.splits["train"], settings.train_rows)
-        dataset = replace(dataset, splits={**dataset.splits, "train": drawn})
-    return dataset
+    if "train" not in dataset.splits:
+        return dataset
+    every = dataset.splits["train"]
+    drawn = drawn_rows(len(every), settings.train_rows)
+    train = every if drawn is None else _draw(every, drawn)
+    if settings.augmented is None:
+        return replace(dataset, splits={**dataset.splits, "train": train})
+    more, source = augmented.read(settings.augmented, dataset.task, every)
+    if drawn is not None:
+        kept = np.flatnonzero(np.isin(source, drawn))
+        more, source = more.take(kept), np.searchsorted(drawn, source[kept])
+    joined = augmented.join(train, more)
+    return replace(dataset, splits={**dataset.splits, "train": joined}, source_rows=source)
+
+
+def drawn_rows(total: int, wanted: int | None) -> np.ndarray | None:
+    """Return which rows of a training split `train_rows` draws, rising; None where it is all of them."""
+    if wanted is None or wanted >= total:
+        return None
+    # Philox by name: what default_rng means may change with numpy.
+    chance = np.random.Generator(np.random.Philox(key=0))
+    return np.sort(chance.permutation(total)[:wanted])
 
 
 def _load(settings: DatasetSettings, splits: Sequence[str]) -> Dataset:
@@ -103,13 +121,8 @@ def _known(task: Task, source: str, here: bool) -> Known:
     return Known(task.name, task.kind, (*task.text, task.label), task.labels, task.metrics, source, here)
 
 
-def _draw(rows: Rows, count: int) -> Rows:
-    if count >= len(rows):
-        return rows
-    # Philox by name: what default_rng means may change with numpy.
-    chance = np.random.Generator(np.random.Philox(key=0))
-    index = np.sort(chance.permutation(len(rows))[:count])
-    return replace(rows.take(index), source=f"{rows.source} ({count} of {len(rows)} rows, seed 0)")
+def _draw(rows: Rows, index: np.ndarray) -> Rows:
+    return replace(rows.take(index), source=f"{rows.source} ({len(index)} of {len(rows)} rows, seed 0)")
 
 
 def _require_no_reading(settings: DatasetSettings) -> None:
@@ -227,16 +240,19 @@ def _listing(folder: Path) -> str:
 
 def _file(path: Path, settings: DatasetSettings, splits: Sequence[str]) -> Dataset:
     for split in splits:
-        if split not in _STEMS:
+        if split not in (*_STEMS, "all"):
             raise WrongInput(
-                f"{path} is a single file: it has train and validation, but no split {split!r}. Put "
+                f"{path} is a single file: it has train, validation and all, but no split {split!r}. Put "
                 "the files into a folder as train.*, validation.*, test.* and name the folder."
             )
     table = tables.read(path)
     task, numbered = task_of(table, settings)
-    found = {"train": rows_of(table, task, numbered)}
+    every = rows_of(table, task, numbered)
+    found = {"train": every, "all": every}
+    if "all" in splits and len(splits) == 1:
+        return Dataset(task, {"all": every})
     if settings.validation is None:
-        found = _hold_out(found["train"])
+        found |= _hold_out(every)
     elif "validation" in splits:
         other = tables.read(settings.validation.expanduser())
         found["validation"] = rows_of(other, task, numbered)

@@ -52,6 +52,17 @@ class Rows:
         texts = tuple([column[i] for i in index] for column in self.texts)
         return Rows(self.source, texts, self.labels[index])
 
+    def text_keys(self) -> list[int]:
+        """Return a number for each row, equal where the texts are, but for white space and case.
+
+        Of this process alone: another one hashes otherwise.
+        """
+        # Hashes, not texts: a set of a million rows would otherwise be in memory a second time.
+        return [
+            hash(tuple(" ".join(text.split()).casefold() for text in texts))
+            for texts in zip(*self.texts, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -59,6 +70,13 @@ class Dataset:
 
     task: Task
     splits: dict[str, Rows]
+    source_rows: np.ndarray | None = None
+    """Of the augmented rows, the last of `train`: the position in `train` of the source of each."""
+
+    @property
+    def augmented(self) -> int:
+        """How many of the last rows of `train` are augmented rows."""
+        return 0 if self.source_rows is None else len(self.source_rows)
 
     def split(self, name: str) -> Rows:
         """Return a split, or raise `WrongInput` naming those there are."""

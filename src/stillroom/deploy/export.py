@@ -140,6 +140,8 @@ class _Work:
         dataset = split = goal = None
         found: dict[str, float] = {}
         if settings is not None:
+            # Augmented rows are no text that people typed: nothing is measured on them.
+            settings = settings.model_copy(update={"augmented": None})
             dataset = sources.load(settings, splits=("train", VALIDATION))
             require_same_labels(name, model, dataset.task, console)
             rows = dataset.split(VALIDATION)

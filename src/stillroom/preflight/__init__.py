@@ -24,6 +24,7 @@ _REST: tuple[Check, ...] = (
     data.batches,
     data.blank_texts,
     data.repeated_rows,
+    data.augmented_rows,
     data.truncation,
     folder.trackers,
     folder.disk,

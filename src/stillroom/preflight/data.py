@@ -126,19 +126,22 @@ def blank_texts(run: Run, report: Report) -> None:
 def repeated_rows(run: Run, report: Report) -> None:
     """Validation rows are not training rows, and equal training rows have equal labels."""
     train, validation = (rows for _, rows in run.splits())
+    if run.dataset.augmented:
+        # Copies of a row may well have other labels than the row.
+        train = train.take(np.arange(len(train) - run.dataset.augmented))
     first: dict[int, object] = {}
     conflicts = set()
-    for key, label in zip(_keys(train), train.labels.tolist(), strict=True):
+    for key, label in zip(train.text_keys(), train.labels.tolist(), strict=True):
         if first.setdefault(key, label) != label:
             conflicts.add(key)
     # The same text rated twice gets two close scores: no contradiction.
     if conflicts and run.dataset.task.kind != "regression":
-        example = next(i for i, key in enumerate(_keys(train)) if key in conflicts)
+        example = next(i for i, key in enumerate(train.text_keys()) if key in conflicts)
         report.warn(
             f"{len(conflicts)} text(s) of train occur with different labels, such as "
             f"{_example(train, example)} (row {example + 1})."
         )
-    again = [i for i, key in enumerate(_keys(validation)) if key in first]
+    again = [i for i, key in enumerate(validation.text_keys()) if key in first]
     report.found["validation_rows_in_train"] = len(again)
     if again:
         share = len(again) / len(validation)
@@ -156,13 +159,21 @@ def repeated_rows(run: Run, report: Report) -> None:
             report.warn(f"{text}; the score may be a little too good.")
 
 
-def _keys(rows: Rows) -> list[int]:
-    """Return a number for each row, equal where the texts are, but for white space and case."""
-    # Hashes, not texts: a set of a million rows would otherwise be in memory a second time.
-    return [
-        hash(tuple(" ".join(text.split()).casefold() for text in texts))
-        for texts in zip(*rows.texts, strict=True)
-    ]
+def augmented_rows(run: Run, report: Report) -> None:
+    """No augmented row is a validation row."""
+    count, train = run.dataset.augmented, run.dataset.splits["train"]
+    if not count:
+        return
+    report.found["augmented_rows"] = count
+    rows = train.take(np.arange(len(train) - count, len(train)))
+    validation = set(run.dataset.splits["validation"].text_keys())
+    again = [i for i, key in enumerate(rows.text_keys()) if key in validation]
+    if again:
+        report.error(
+            f"{len(again)} of the {count} augmented rows are validation rows, expected none, such as "
+            f"{_example(rows, again[0])} (row {again[0] + 1}): the score would tell what was memorised. "
+            "Write them again with `stillroom augment`, which leaves out rows of this validation split."
+        )
 
 
 def _example(rows: Rows, index: int) -> str:

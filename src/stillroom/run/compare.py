@@ -288,6 +288,7 @@ class _Worker:
         again = (run.student, run.variant) in self._checked
         preflight.check(to_check, Console(quiet=True) if again else console)
         self._checked.add((run.student, run.variant))
+        parts = parts.labelled(recipe, self._common, console)
         recipe = parts.start(recipe, place, console, resume=(place / RECIPE).exists())
         trained = parts.train(recipe, place, console, repeated=repeated)
         tokens = parts.tokens.student["validation"]

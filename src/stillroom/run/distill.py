@@ -1,6 +1,7 @@
 """The whole path: recipe to data, teacher, method, loop, student, evaluation, `metrics.json`."""
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,17 @@ def distill(
                 "Give another folder, or go on with --resume.",
                 besides=teacher if teacher.parent == folder.absolute() else None,
             )
-        parts = Parts.of(recipe, Common.load(recipe, console), console)
-        checked = preflight.check(parts.to_check(recipe, folder), console)
+        common = Common.load(recipe, console)
+        unlabelled = Parts.of(recipe, common, console)
+        checked = preflight.check(unlabelled.to_check(recipe, folder), console)
         if dry_run:
             return checked
+        parts = unlabelled.labelled(recipe, common, console)
         recipe = parts.start(recipe, folder, console, resume=resume)
         trained = parts.train(recipe, folder, console)
         control = None
         if recipe.control:
-            alone, other = parts.control(recipe)
+            alone, other = unlabelled.control(recipe)
             other.train(alone, folder / CONTROL, console)
             control = other.student
         metrics = _measure(recipe, parts, trained, control, folder, console)
@@ -144,30 +147,10 @@ def _robustness(
     logits: Mapping[str, np.ndarray],
     console: Console,
 ) -> dict[str, Any]:
-    """Return each model's first metric on validation texts as given, and on perturbed ones.
-
-    At most `robustness.ROWS` rows, evenly spread.
-    """
-    task, rows = parts.dataset.task, parts.dataset.splits["validation"]
-    chosen = np.linspace(0, len(rows) - 1, min(robustness.ROWS, len(rows))).astype(int)
-    clean, first = rows.take(chosen), task.metrics[0]
-
-    def first_of(found: np.ndarray) -> float:
-        return score(task, found, clean.labels)[first]
-
-    values = {"as given": {name: first_of(found[chosen]) for name, found in logits.items()}}
-    for title, perturb in robustness.PERTURBATIONS.items():
-        changed = robustness.perturbed(clean, perturb)
-        values[title] = {
-            name: first_of(
-                predict_rows(
-                    model,
-                    changed,
-                    max_length=recipe.dataset.max_length,
-                    bf16=parts.bf16,
-                    console=console,
-                )
-            )
-            for name, model in models.items()
-        }
-    return {"rows": len(clean), "metric": first, "values": values}
+    """Return each model's first metric on validation texts as given, and on perturbed ones."""
+    most, bf16 = recipe.dataset.max_length, parts.bf16
+    says = {
+        name: functools.partial(predict_rows, model, max_length=most, bf16=bf16, console=console)
+        for name, model in models.items()
+    }
+    return robustness.measure(parts.dataset.task, parts.dataset.splits["validation"], logits, says)

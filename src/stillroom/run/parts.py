@@ -22,6 +22,7 @@ from stillroom.generator import Generator
 from stillroom.methods.base import Context, Plan
 from stillroom.provenance import RECIPE, STUDENT, environment
 from stillroom.recipe import MethodSettings, Recipe
+from stillroom.run.labels import label_augmented
 from stillroom.teacher import Teacher
 from stillroom.teacher.choose import choose
 from stillroom.teacher.live import LiveTeacher
@@ -38,6 +39,7 @@ class Common:
     teacher_tokens: dict[str, TokenisedRows]
     bf16: bool
     _tokens: dict[tuple[str, int], dict[str, TokenisedRows]] = field(default_factory=dict)
+    _labelled: list[Dataset] = field(default_factory=list)
 
     @classmethod
     def load(cls, recipe: Recipe, console: Console) -> Self:
@@ -57,6 +59,22 @@ class Common:
         if key not in self._tokens:
             self._tokens[key] = tokens_of(self.dataset, made, self.max_length, console)
         return Tokens(self._tokens[key], self.teacher_tokens)
+
+    def labelled(self, recipe: Recipe, console: Console) -> "Common":
+        """Return the same with the labels that the recipe gives to augmented rows, asking the teacher once.
+
+        A run without a teacher keeps those of their source rows.
+        """
+        by_teacher = recipe.dataset.augmented_labels == "teacher" and recipe.method.name != "none"
+        if not self.dataset.augmented or not by_teacher:
+            return self
+        if not self._labelled:
+            tokens = self.teacher_tokens["train"]
+            made = label_augmented(
+                self.dataset, recipe, self.teacher, tokens, bf16=self.bf16, console=console
+            )
+            self._labelled.append(made)
+        return replace(self, dataset=self._labelled[0])
 
     def _key(self, model: Encoder) -> tuple[str, int]:
         return fingerprint(model.tokenizer), min(self.max_length, model.positions)
@@ -84,6 +102,11 @@ class Parts:
         tokens = common.tokens(made, console)
         writer = None if plan.augmentation is None else generator.load(plan.augmentation.generator)
         return cls(dataset, teacher, made, plan, tokens, common.bf16, writer)
+
+    def labelled(self, recipe: Recipe, common: Common, console: Console) -> "Parts":
+        """Return the run with the labels of augmented rows, made once the checks have passed."""
+        with_labels = common.labelled(recipe, console)
+        return self if with_labels is common else Parts.of(recipe, with_labels, console)
 
     def to_check(self, recipe: Recipe, folder: Path, *, repeated: bool = False) -> preflight.Run:
         """Return the run as the checks before the first step see it; `repeated` as for `train`."""
