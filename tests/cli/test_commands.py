@@ -105,7 +105,7 @@ def test_distill_keeps_what_each_model_said(distilled: tuple[Path, Any]) -> None
     kept = load(folder / "predictions.parquet")
     assert len(kept.rows) == 100 and set(kept.logits) == {"teacher", "student", "control"}
     robustness = found["robustness"]
-    assert robustness["rows"] == 100 and len(robustness["values"]) == 5
+    assert robustness["rows"] == 100 and len(robustness["values"]) == 6
     for name, logits in kept.logits.items():
         assert score(kept.task, logits, kept.rows.labels) == found[name]["metrics"]
         assert robustness["values"]["as given"][name] == found[name]["metrics"]["accuracy"]
@@ -313,3 +313,21 @@ def test_datasets_lists(tmp_path: Path) -> None:
 def test_data_dir_is_where_glue_is_looked_for(workspace: Workspace, tmp_path: Path) -> None:
     command = ("evaluate", workspace.teacher, "--dataset", "glue/cola", "--data-dir", tmp_path)
     assert str(tmp_path / "glue" / "cola" / "validation.parquet") in run(*command, code=2).stderr
+
+
+def test_evaluate_reads_labels_of_another_source(workspace: Workspace, tmp_path: Path) -> None:
+    """Of a file of another source every row is scored, not the tenth that is held out."""
+    lines = (workspace.data / "validation.csv").read_text().splitlines()[1:]
+    number = {"negative": "7", "positive": "9"}
+    text = "\n".join(f"{line.rsplit(',', 1)[0]},{number[line.rsplit(',', 1)[1]]}" for line in lines)
+    (tmp_path / "other.csv").write_text(f"text,label\n{text}\n")
+    command = ("evaluate", workspace.teacher, "--dataset", tmp_path / "other.csv", "--json")
+    found = json.loads(run(*command, "--labels", "7=negative,9=positive", "--robustness").stdout)
+    plain = json.loads(run("evaluate", workspace.teacher, "--dataset", workspace.data, "--json").stdout)
+    assert (found["rows"], found["split"]) == (100, "all")
+    assert found["models"][0]["metrics"] == plain["models"][0]["metrics"]
+    assert len(found["robustness"]["values"]) == 6
+    assert "no class of the model" in run(*command, "--labels", "7=negative", code=2).stderr
+    assert "LABEL=CLASS" in run(*command, "--labels", "7", code=2).stderr
+    table = run(*command[:-1], "--labels", "7=negative,9=positive", "--robustness").stdout
+    assert "upper case" in table

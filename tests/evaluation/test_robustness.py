@@ -2,7 +2,7 @@
 
 import pytest
 
-from stillroom.evaluation.robustness import PERTURBATIONS, perturbed, typos
+from stillroom.evaluation.robustness import PERTURBATIONS, perturbed, swapped_words, typos
 from tiny import make_rows, make_task
 
 TEXT = "An unexpectedly wonderful evening, with 42 clowns: <b>never</b> dull."
@@ -43,8 +43,24 @@ def test_share_is_that_of_the_words() -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_a_share_is_a_probability(share: float) -> None:
-    with pytest.raises(ValueError, match="share"):
-        typos(TEXT, share=share, seed=0)
+    for perturb in (typos, swapped_words):
+        with pytest.raises(ValueError, match="share"):
+            perturb(TEXT, share=share, seed=0)
+
+
+def test_swapped_words_are_the_same_words_one_place_away() -> None:
+    assert swapped_words(TEXT, share=0.0, seed=0) == TEXT
+    assert swapped_words(TEXT, share=0.5, seed=3) == swapped_words(TEXT, share=0.5, seed=3)
+    assert (
+        swapped_words("", share=1.0, seed=0) == "" and swapped_words(" one ", share=1.0, seed=0) == " one "
+    )
+    before = [str(i) for i in range(5000)]
+    after = swapped_words(" ".join(before), share=0.3, seed=1).split(" ")
+    assert sorted(after) == sorted(before)
+    moved = [i for i in range(5000) if after[i] != before[i]]
+    assert all(abs(int(after[i]) - i) == 1 for i in moved)
+    # A swap moves two: five standard deviations are about 2 * 5 * sqrt(750).
+    assert abs(len(moved) - 1500) < 274
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
