@@ -35,7 +35,7 @@ def _recipe(cache: str, method: str = "kd", labels: str = "teacher") -> Recipe:
 @pytest.mark.parametrize("kind", ["classification", "regression", "multi-label"])
 def test_they_are_the_teachers_predictions(kind: Kind, tmp_path: Path) -> None:
     dataset = _dataset(kind)
-    teacher = make_encoder(task=make_task(kind), layers=4, width=24, seed=4)
+    teacher = make_encoder(task=make_task(kind), layers=4, width=24, seed=5)
     train = dataset.splits["train"]
     tokens = make_tokens(train, teacher)
     expected = predictions(predict(teacher, tokens, bf16=False), kind)[-30:]
@@ -52,7 +52,7 @@ def test_they_are_the_teachers_predictions(kind: Kind, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("method", "labels"), [("none", "teacher"), ("kd", "source")])
 def test_without_a_teacher_they_are_those_of_the_source(method: str, labels: str) -> None:
     """The control would otherwise learn from the teacher after all."""
-    dataset, teacher = _dataset("classification"), make_encoder(seed=4)
+    dataset, teacher = _dataset("classification"), make_encoder(layers=4, width=24, seed=5)
     tokens = {name: make_tokens(rows, teacher) for name, rows in dataset.splits.items()}
     common = Common(dataset, 32, teacher, tokens, False)
     assert common.labelled(_recipe("off", method, labels), QUIET) is common
