@@ -103,12 +103,15 @@ class Measurement:
         """Make what is missing of teachers and generator, and tune."""
         for task, plan in self.tasks.items():
             self.teacher(task, self.data(task), plan)
+        place = self.work / "tuning" / "compare"
+        if (place / "compare.json").exists() and self.rates().keys() >= set(self.methods):
+            return
         fold = {"name": str(make_fold(self.work, self.data_dir))}
         self.teacher("tuning", fold, FOLD)
         variants = self.variants({name: METHODS[name] for name in self.methods})
         tried = {f"{name} {rate:g}": (method, rate) for rate in RATES for name, method in variants.items()}
         wanted = self.comparison("tuning", fold, tried, FOLD.epochs, [0])
-        compare(wanted, self.work / "tuning" / "compare", workers=self.workers)
+        compare(wanted, place, workers=self.workers)
 
     def run(self) -> None:
         """Do what is missing, each task seed by seed."""
@@ -299,7 +302,10 @@ def markdown(found: dict) -> str:
     for name in names[1:]:
         cells = [difference(entry["students"].get(name)) for entry in tasks.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    tasks = [task for task in tasks if TASKS[task].ablate]
+    ablated = set(ABLATIONS)
+    tasks = [task for task, entry in tasks.items() if ablated & entry["students"].keys()]
+    if not tasks:
+        return "\n".join(lines)
     lines += ["", "| variant | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
     for name in ["lrc-bert", *ABLATIONS, "lrc-bert, tensor norm", "kd", "none"]:
         students = [found["tasks"][task]["students"].get(name) for task in tasks]
@@ -333,17 +339,34 @@ def main() -> None:
     parser.add_argument("--methods", help=f"of these: {'; '.join(METHODS)}; separated by semicolons")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="default: %(default)s")
     parser.add_argument("--epochs", type=float, help="for all tasks; default: the script's, for each")
+    parser.add_argument("--teacher-epochs", type=float, help="likewise, of the teachers")
+    parser.add_argument("--rows", type=int, help="likewise, of the students' training rows")
+    parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--cache", default="auto", help="`off` computes the teacher live: faster on a GPU")
     parser.add_argument("--prepare", action="store_true", help="teachers and tuning only")
     parser.add_argument("--json", action="store_true", help="print the figures of what is done")
-    parser.add_argument("--markdown", action="store_true", help="print the committed figures as tables")
+    parser.add_argument(
+        "--markdown",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=Path(__file__).with_suffix(".json"),
+        help="print the tables of figures that --json printed; default: the committed results.json",
+    )
     options = parser.parse_args()
     if options.markdown:
-        print(markdown(json.loads(Path(__file__).with_suffix(".json").read_text())))
+        print(markdown(json.loads(options.markdown.read_text())))
         return
     tasks = {name: TASKS[name] for name in options.tasks.split(",")}
-    if options.epochs is not None:
-        tasks = {name: replace(plan, epochs=options.epochs) for name, plan in tasks.items()}
+    given = {
+        "epochs": options.epochs,
+        "teacher_epochs": options.teacher_epochs,
+        "train_rows": options.rows,
+    }
+    if options.no_ablations:
+        given["ablate"] = False
+    other = {key: value for key, value in given.items() if value is not None}
+    tasks = {name: replace(plan, **other) for name, plan in tasks.items()}
     measurement = Measurement(
         options.work.absolute(),
         options.data_dir.absolute(),

@@ -188,7 +188,7 @@ def heat(flows: Mapping[str, np.ndarray], caption: str, *, title: str | None = N
     side = 0.44
     width, height = side * (columns + 1) + 0.7, side * (rows + 1) + 0.8
     across, down = (len(flows), 1) if beside else (1, len(flows))
-    above = 0.35 if title else 0.0
+    above = 0.35 if title else 0.12
     with _figure(width * across, height * down + above) as figure:
         panels = figure.subplots(down, across, squeeze=False).flat
         if title:
