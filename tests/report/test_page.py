@@ -331,7 +331,7 @@ def test_a_comparison_has_a_page(tmp_path: Path, whole: bool) -> None:
     page = write(folder).read_text()
     assert page.count("<script") == 1 and "<img" not in page
     assert (
-        "kd with student" in page and "87.0\u00a0%, teacher 90.0\u00a0%" in page and "-1.0 to +5.0" in page
+        "kd with student" in page and "87.0\u00a0%, teacher 90.0\u00a0%" in page and "−1.0 to +5.0" in page
     )
     assert sections(page) == ({"results", "training", "flow", "repeat"} if whole else {"results", "repeat"})
     assert ("stillroom compare" in page) == whole and "2 runs" not in page and "4 runs, 40 s" in page
@@ -339,6 +339,16 @@ def test_a_comparison_has_a_page(tmp_path: Path, whole: bool) -> None:
     (folder / "compare.json").write_text("{}")
     with pytest.raises(WrongInput, match="stillroom compare"):
         write(folder)
+
+
+def test_gains_over_the_control_are_drawn_with_their_intervals(tmp_path: Path) -> None:
+    found = read_comparison(make_comparison(tmp_path / "compared")).found
+    picture = comparison.differences(found)
+    # The control has no gain over itself.
+    assert picture is not None and 'intervals. kd: +2.0, -1.0 to +5.0."' in picture.svg
+    for result in found["students"][HOSTILE]["methods"].values():
+        result.pop("against_control", None)
+    assert comparison.differences(found) is None
 
 
 def test_curves_and_flows_of_a_comparison_are_means_over_its_seeds(tmp_path: Path) -> None:

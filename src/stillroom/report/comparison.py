@@ -33,8 +33,13 @@ def table(found: Mapping[str, Any]) -> Table:
                     Cell(f"{100 * mean:.1f}", mean),
                     Cell("–" if spread is None else f"{100 * spread:.1f}", spread or 0.0),
                     Cell("–" if kept is None else f"{100 * kept:.1f} %", kept or 0.0),
-                    Cell(f"{100 * against['value']:+.1f}", against["value"]) if against else Cell("–", 0.0),
-                    Cell(f"{100 * against['low']:+.1f} to {100 * against['high']:+.1f}", against["low"])
+                    Cell(facts.signed(100 * against["value"]), against["value"])
+                    if against
+                    else Cell("–", 0.0),
+                    Cell(
+                        " to ".join(facts.signed(100 * against[key]) for key in ("low", "high")),
+                        against["low"],
+                    )
                     if against
                     else Cell("–", 0.0),
                     Cell(f"{costs['parameters'] / 1e6:.1f}", costs["parameters"]),
@@ -42,6 +47,21 @@ def table(found: Mapping[str, Any]) -> Table:
                 ]
             )
     return Table(f"Each method over its seeds, on {found['rows']:,} validation rows", columns, rows, True)
+
+
+def differences(found: Mapping[str, Any]) -> Picture | None:
+    """Return what each method gains over the control, with its 95 % interval; None without a control."""
+    several = len(found["students"]) > 1
+    rows = [
+        (
+            f"{method}, {student}" if several else method,
+            *(100 * against[key] for key in ("value", "low", "high")),
+        )
+        for student, costs in found["students"].items()
+        for method, result in costs["methods"].items()
+        if (against := result.get("against_control", {}).get(found["metric"]))
+    ]
+    return pictures.intervals(f"{found['metric']} minus the control's, points", rows) if rows else None
 
 
 def picture(found: Mapping[str, Any]) -> Picture:

@@ -105,8 +105,8 @@ def caution(run: Run, tests: Sequence["Test"]) -> str:
             else "which chance in the choice of rows can explain"
         )
         parts.append(
-            f"Student minus control: {_signed(against.value)} points (95 % interval {_signed(against.low)} "
-            f"to {_signed(against.high)}), {meaning}."
+            f"Student minus control: {signed(against.value)} points (95 % interval {signed(against.low)} "
+            f"to {signed(against.high)}), {meaning}."
         )
     rows = f" on {len(run.kept.rows):,} validation rows" if run.kept else ""
     parts.append(
@@ -166,8 +166,8 @@ def tests_table(found: Sequence[Test]) -> Table | None:
         row = [
             Cell(f"{test.b} − {test.a}", number=False),
             Cell(test.metric, number=False),
-            Cell(_signed(test.value)),
-            Cell(f"{_signed(test.low)} to {_signed(test.high)}"),
+            Cell(signed(test.value)),
+            Cell(f"{signed(test.low)} to {signed(test.high)}"),
         ]
         if several:
             row.append(Cell("" if test.p is None else _p(test.p)))
@@ -519,7 +519,7 @@ def robustness(run: Run) -> Table | None:
         for name in names:
             change = 100 * (values[name] - found["values"]["as given"][name])
             row.append(Cell(f"{100 * values[name]:.1f}"))
-            row.append(Cell("–" if title == "as given" else _signed(change)))
+            row.append(Cell("–" if title == "as given" else signed(change)))
         rows.append(row)
     return Table(f"{metric} on {found['rows']:,} validation rows, perturbed with seed 0", columns, rows)
 
@@ -581,7 +581,7 @@ def _short(text: str) -> str:
     return f"{text[:LONGEST_TEXT]} … ({len(text):,} characters)"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     """Return a difference with its sign, one that is no hyphen."""
     return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
 

@@ -50,6 +50,7 @@ def write_comparison(folder: Path, output: Path | None = None) -> Path:
         headline=comparison.headline(compared.found),
         results=comparison.table(compared.found),
         quality=comparison.picture(compared.found),
+        differences=comparison.differences(compared.found),
         curves=comparison.curves(compared),
         flows=comparison.flows(compared),
         commands=comparison.commands(compared),

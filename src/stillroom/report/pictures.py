@@ -151,6 +151,26 @@ def curves(
         return _picture(figure, f"{title} over the epochs. {said}.", title)
 
 
+def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> Picture:
+    """Return a value with its interval for each name, from top to bottom, beside a line at zero."""
+    with _figure(4.6, 0.9 + 0.3 * len(rows)) as figure:
+        axes = figure.add_subplot()
+        axes.axvline(0, color=_STAND_INS["control"], linewidth=1.2, linestyle="--")
+        for place, (_, value, low, high) in enumerate(rows):
+            axes.plot([low, high], [place, place], color=_STAND_INS["student"], linewidth=1.8)
+            axes.plot(value, place, "o", markersize=6, color=_STAND_INS["student"])
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(title)
+        said = "; ".join(
+            f"{name}: {value:+.1f}, {low:+.1f} to {high:+.1f}" for name, value, low, high in rows
+        )
+        return _picture(figure, f"{title}, with 95 % intervals. {said}.", title)
+
+
 def reliability(
     name: str, confidence: Sequence[float], accuracy: Sequence[float], rows: Sequence[int], error: float
 ) -> Picture:
