@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from stillroom.deploy.latency import bench
     from stillroom.errors import RunFailed, StillroomError, WrongInput
     from stillroom.evaluation.compare import evaluate
-    from stillroom.recipe import Comparison, DatasetSettings, FinetuneRecipe, Recipe
+    from stillroom.recipe import Comparison, DatasetSettings, FinetuneRecipe, PretrainRecipe, Recipe
     from stillroom.run.compare import compare
     from stillroom.run.distill import distill
     from stillroom.run.finetune import finetune
+    from stillroom.run.pretrain import pretrain
 
     __version__: str
 
@@ -24,6 +25,7 @@ __all__ = [
     "Comparison",
     "DatasetSettings",
     "FinetuneRecipe",
+    "PretrainRecipe",
     "Recipe",
     "RunFailed",
     "StillroomError",
@@ -35,12 +37,14 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "pretrain",
 ]
 
 _HOMES = {
     "Comparison": "stillroom.recipe",
     "DatasetSettings": "stillroom.recipe",
     "FinetuneRecipe": "stillroom.recipe",
+    "PretrainRecipe": "stillroom.recipe",
     "Recipe": "stillroom.recipe",
     "RunFailed": "stillroom.errors",
     "StillroomError": "stillroom.errors",
@@ -51,6 +55,7 @@ _HOMES = {
     "evaluate": "stillroom.evaluation.compare",
     "export": "stillroom.deploy.export",
     "finetune": "stillroom.run.finetune",
+    "pretrain": "stillroom.run.pretrain",
 }
 
 

@@ -503,29 +503,36 @@ def load(name: str, task: Task | None = None, *, fresh_head: bool = False) -> En
     return made
 
 
-def load_body(name: str, *, head: Head | None = None) -> Encoder:
+def load_body(name: str, *, head: Head = "none", fresh_head: bool = False) -> Encoder:
     """Load a pretrained encoder without its classification head, as `load` does.
 
     Args:
         name: A folder, a hub id, or `minilm-l6`.
-        head: `masked-lm` or `none`. By default `masked-lm` where the checkpoint has such a head. One that
-            is asked for and is not there starts at random (from torch's seed).
+        head: `none`, or `masked-lm`.
+        fresh_head: Start a masked-LM head at random (from torch's seed) where the checkpoint has none.
 
     Raises:
-        WrongInput: As `load`.
+        WrongInput: As `load`, or if a masked-LM head is asked for and is not there.
     """
-    made, report = _load(name, head or "masked-lm")
+    made, report = _load(name, head)
     missing = {*report["missing_keys"], *(entry[0] for entry in report.get("mismatched_keys", ()))}
-    outside = {key for key in missing if not key.startswith(f"{made.model.base_model_prefix}.")}
-    if head is None and (outside or made.tokenizer.mask_token_id is None):
-        made, report = _load(name, "none")
-    _check_weights(name, made.model, report, fresh_head=True)
+    _check_weights(name, made.model, report, fresh_head=True, headless=head == "none")
+    lacking = sorted(key for key in missing if not key.startswith(f"{made.model.base_model_prefix}."))
+    if head == "masked-lm" and not fresh_head:
+        if lacking:
+            raise WrongInput(f"{name} has no masked-LM head: {', '.join(lacking[:3])} are missing.")
+        if made.tokenizer.mask_token_id is None:
+            raise WrongInput(f"The tokenizer of {name} has no mask token, so no word can be masked.")
     return made
 
 
 def load_like(name: str, like: Encoder, task: Task | None) -> Encoder:
     """Load a checkpoint with a head of the same kind as `like`: for this task, where there is one."""
-    return load_body(name, head=like.head) if task is None else load(name, task, fresh_head=True)
+    return (
+        load_body(name, head=like.head, fresh_head=True)
+        if task is None
+        else load(name, task, fresh_head=True)
+    )
 
 
 def fresh(config: Any, like: Encoder) -> Encoder:
@@ -630,12 +637,15 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _check_weights(name: str, model: nn.Module, report: Mapping[str, Any], fresh_head: bool) -> None:
-    prefix = f"{model.base_model_prefix}."
+def _check_weights(
+    name: str, model: nn.Module, report: Mapping[str, Any], fresh_head: bool, *, headless: bool = False
+) -> None:
+    # All of a model without a head is its body.
+    prefix = "" if headless else f"{model.base_model_prefix}."
     missing = {str(key) for key in report["missing_keys"]}
     mismatched = {str(entry[0]) for entry in report.get("mismatched_keys", ())}
     # A pooler is part of the head: most pretrained encoders come without one.
-    body = {key for key in missing | mismatched if key.startswith(prefix) and ".pooler." not in key}
+    body = {key for key in missing | mismatched if key.startswith(prefix) and "pooler." not in key}
     head = (missing | mismatched) - body
     unread = sorted(key for key in report["unexpected_keys"] if re.match(rf"{prefix}.*\.\d+\.", key))
     if unread:

@@ -107,6 +107,8 @@ class TrainingSettings(Settings):
     """Epochs between two evaluations on the validation split."""
     evaluate_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between two evaluations, in place of `evaluate_every`. One comes at the end, too."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Most optimiser steps, where `epochs` would take more: rate and stages then fit these steps."""
     select: Literal["best", "last"] = "best"
     """Keep the student of the best evaluation, or of the last step."""
     patience: Annotated[int, Field(ge=1)] | None = None
@@ -127,13 +129,8 @@ class TrainingSettings(Settings):
         return self
 
 
-class _RecipeFile(Settings):
-    """What every recipe has, and how it is read and written."""
-
-    dataset: DatasetSettings
-    """The rows to train and to validate on."""
-    training: TrainingSettings = TrainingSettings()
-    """The loop's settings."""
+class _File(Settings):
+    """How every recipe is read and written."""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,7 +139,12 @@ class _RecipeFile(Settings):
         if isinstance(values, Mapping):
             values = dict(values)
             for section in ("dataset", "teacher", "method"):
-                if isinstance(values.get(section), str):
+                field = cls.model_fields.get(section)
+                if (
+                    isinstance(values.get(section), str)
+                    and field is not None
+                    and field.annotation is not str
+                ):
                     values[section] = {"name": values[section]}
         return values
 
@@ -185,6 +187,15 @@ class _RecipeFile(Settings):
         Of one that is not resolved, the method's own training defaults would be lost.
         """
         durable.write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+class _RecipeFile(_File):
+    """What every recipe of a task has."""
+
+    dataset: DatasetSettings
+    """The rows to train and to validate on."""
+    training: TrainingSettings = TrainingSettings()
+    """The loop's settings."""
 
 
 class Recipe(_RecipeFile):
@@ -276,6 +287,53 @@ class FinetuneRecipe(_RecipeFile):
 
     model: str = "minilm-l6"
     """A pretrained encoder: a local folder, a hub id, or `minilm-l6`."""
+
+
+class TextSettings(Settings):
+    """Text without labels, and how it becomes sequences."""
+
+    files: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Files of plain text, JSONL, Parquet, CSV or TSV, or folders of these."""
+    column: str | None = None
+    """Column of the text in a table; found by its usual names if not given."""
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens of a sequence: documents are packed into full ones."""
+    held_out: Annotated[int, Field(ge=1)] = 512
+    """Most sequences to hold out, evenly spread over the text; a tenth of all if that is fewer."""
+
+
+class PretrainingSettings(TrainingSettings):
+    """The training loop's settings, with the defaults of task-agnostic distillation."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the text; a fraction is allowed."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Most sequences in a batch."""
+    max_tokens: Annotated[int, Field(ge=8)] = 131072
+    """Most tokens in a batch."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak learning rate, reached after warm-up."""
+    evaluate_every: Annotated[float, Field(gt=0)] = 0.1
+    """Epochs between two evaluations on held-out sequences."""
+    select: Literal["last"] = "last"
+    """The student of the last step is kept."""
+
+
+class PretrainRecipe(_File):
+    """All of a task-agnostic distillation. Saved as `recipe.yaml`; that gives the same student again."""
+
+    teacher: str
+    """A pretrained encoder: a local folder, a hub id, or `minilm-l6`."""
+    text: TextSettings
+    """What is read."""
+    student: str = "4x312"
+    """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
+    init: Annotated[str, Field(min_length=1)] = "auto"
+    """As a recipe's `init`."""
+    method: MethodSettings = MethodSettings(name="minilm")
+    """The distillation method and its options."""
+    training: PretrainingSettings = PretrainingSettings()
+    """The loop's settings."""
 
 
 class _Yaml(yaml.SafeLoader):

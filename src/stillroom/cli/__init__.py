@@ -19,6 +19,7 @@ from stillroom.cli import (
     generator,
     methods,
     predict,
+    pretrain,
     report,
     serve,
 )
@@ -45,6 +46,7 @@ app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=predict.EXAMPLES)(predict.predict)
 app.command(epilog=serve.EXAMPLES)(serve.serve)
+app.command(epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command(epilog=generator.EXAMPLES)(generator.generator)
 app.command(epilog=augment.EXAMPLES)(augment.augment)
 app.command(epilog=report.EXAMPLES)(report.report)

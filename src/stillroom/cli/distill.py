@@ -139,7 +139,7 @@ def distill(
     if as_json:
         return
     if dry_run:
-        _show_checks(found)
+        show_checks(found)
     else:
         _show(found, folder)
 
@@ -150,7 +150,8 @@ def _how_to_go_on(folder: Path) -> str:
     return "Stopped before the first step; there is nothing to go on with."
 
 
-def _show_checks(found: dict[str, Any]) -> None:
+def show_checks(found: dict[str, Any]) -> None:
+    """Print what the checks of a dry run found."""
     table = frame.table({"check": "left", "found": "left"}, title="Nothing stands in the way of this run.")
     for name, value in found.items():
         if name != "warnings":

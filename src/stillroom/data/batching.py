@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class Batch:
 
 def epoch_batches(
     lengths: np.ndarray, *, seed: int, epoch: int, batch_size: int, max_tokens: int
-) -> list[np.ndarray]:
+) -> Sequence[np.ndarray]:
     """Return the row numbers of each batch of one epoch, every row exactly once.
 
     Rows are shuffled, cut into pools, sorted by length inside each pool, cut into batches of at
@@ -71,7 +72,8 @@ def epoch_batches(
     number of rows where two fill a batch, or rows so long that two do not fit `max_tokens`.
 
     Args:
-        lengths: Tokens of each row, shape `(N,)`.
+        lengths: Tokens of each row, shape `(N,)`. One number for all rows (`np.broadcast_to`), as of packed
+            text, makes `EvenBatches`, which take no memory.
         seed: The run's seed.
         epoch: Number of the epoch, from 0.
         batch_size: Most rows in a batch.
@@ -85,6 +87,8 @@ def epoch_batches(
         [[0, 2], [1, 3]]
     """
     chance = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    if lengths.strides == (0,):
+        return EvenBatches(len(lengths), min(batch_size, max(1, max_tokens // int(lengths[0]))), chance)
     order = chance.permutation(len(lengths))
     batches: list[np.ndarray] = []
     # Pools of one size, give or take a row: a small last pool would make small batches.
@@ -92,6 +96,82 @@ def epoch_batches(
         pool = pool[np.argsort(lengths[pool], kind="stable")]
         batches.extend(_cut(pool, lengths[pool], batch_size, max_tokens))
     return [batches[i] for i in chance.permutation(len(batches))]
+
+
+class EvenBatches(Sequence[np.ndarray]):
+    """The batches of one epoch of rows of one length, in random order, each computed when it is asked for.
+
+    Row numbers are permuted by a Feistel network, which needs no memory: the four rounds of a block cipher
+    permute `[0, 4^k)`, and a number that falls outside `[0, N)` is permuted again until it falls inside
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Sizes differ by one at most.
+
+    Args:
+        rows: N.
+        batch_size: Most rows in a batch.
+        chance: Draws the rounds' keys.
+
+    Example:
+        >>> batches = EvenBatches(5, 2, np.random.default_rng(0))
+        >>> sorted(np.concatenate(batches).tolist())
+        [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, rows: int, batch_size: int, chance: np.random.Generator):
+        self._rows, self._batches = rows, -(-rows // batch_size)
+        self._half = max(1, -(-(rows - 1).bit_length() // 2))
+        self._keys = chance.integers(2**64, size=4, dtype=np.uint64)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a batch, or for a slice a sequence of them, none of which is computed yet."""
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            return _Part(self, range(start, stop, step))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        bounds = [i * self._rows // self._batches for i in (index, index + 1)]
+        numbers = np.arange(*bounds, dtype=np.uint64)
+        return self._permuted(numbers).astype(np.int64)
+
+    def _permuted(self, numbers: np.ndarray) -> np.ndarray:
+        numbers = self._rounds(numbers)
+        while (outside := numbers >= self._rows).any():
+            numbers[outside] = self._rounds(numbers[outside])
+        return numbers
+
+    def _rounds(self, numbers: np.ndarray) -> np.ndarray:
+        half, mask = np.uint64(self._half), np.uint64((1 << self._half) - 1)
+        left, right = numbers >> half, numbers & mask
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        permuted: np.ndarray = (left << half) | right
+        return permuted
+
+
+class _Part(Sequence[np.ndarray]):
+    """Some of the batches of an epoch."""
+
+    def __init__(self, batches: Sequence[np.ndarray], numbers: range):
+        self._batches, self._numbers = batches, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Part(self._batches, self._numbers[index])
+        return self._batches[self._numbers[index]]
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Return 64-bit numbers scrambled, by the finaliser of splitmix64 (Steele et al., OOPSLA 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+    scrambled: np.ndarray = numbers ^ (numbers >> np.uint64(31))
+    return scrambled
 
 
 def _cut(rows: np.ndarray, lengths: np.ndarray, batch_size: int, max_tokens: int) -> list[np.ndarray]:

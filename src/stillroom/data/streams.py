@@ -138,10 +138,15 @@ class Stream:
 
 def format_of(path: Path) -> str:
     """Return the format that a file's name says, or raise `WrongInput`."""
-    form = _ENDINGS.get(path.suffix.lower())
+    form = ENDINGS.get(path.suffix.lower())
     if form is None:
-        raise WrongInput(f"Cannot tell the format of {path}: expected {', '.join(_ENDINGS)}.")
+        raise WrongInput(f"Cannot tell the format of {path}: expected {', '.join(ENDINGS)}.")
     return form
+
+
+def is_readable(path: Path) -> bool:
+    """Return whether a file's name says a format that can be read in pieces."""
+    return path.suffix.lower() in ENDINGS
 
 
 def _text(stream: Stream) -> Iterator[Row]:
@@ -198,7 +203,7 @@ _READERS: dict[str, Callable[[Stream], Iterator[Row]]] = {
 
 FORMATS = (*_READERS, "parquet")
 
-_ENDINGS = {
+ENDINGS = {
     ".txt": "txt",
     ".csv": "csv",
     ".tsv": "tsv",

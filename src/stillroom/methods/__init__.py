@@ -58,6 +58,21 @@ def build(given: MethodSettings, context: Context) -> Plan:
     return find(given.name).build(settings_of(given), context)
 
 
+def pretrainer(name: str) -> Method:
+    """Return a method that has task-agnostic distillation, or raise `WrongInput` naming those."""
+    if find(name).pretrain is None:
+        able = [method.name for method in METHODS.values() if method.pretrain is not None]
+        raise WrongInput(f"{name} has no task-agnostic distillation. There are: {', '.join(able)}.")
+    return find(name)
+
+
+def build_pretraining(given: MethodSettings, context: Context) -> Plan:
+    """Return the plan of the named method on text without labels."""
+    make = pretrainer(given.name).pretrain
+    assert make is not None
+    return make(settings_of(given), context)
+
+
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with the method's options and training defaults spelt out."""
     settings = settings_of(recipe.method)

@@ -196,6 +196,10 @@ class Method:
     """Settings and context to a plan; raises `WrongInput` where they do not fit."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Training defaults of the paper, used where a recipe sets none."""
+    pretrain: Callable[[Any, Context], Plan] | None = None
+    """As `build`, for text without labels: task-agnostic distillation, where the method has it."""
+    masked_lm: bool = False
+    """Whether logits in `pretrain` are those of a masked LM at hidden words, and labels these words."""
 
 
 def _sum_needs(needs: Any) -> Needs:

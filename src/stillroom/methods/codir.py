@@ -299,6 +299,69 @@ def _blocks(settings: CoDIRSettings, context: Context) -> tuple[np.ndarray, np.n
     return blocks
 
 
+class InBatchContrast(Term):
+    """The contrastive term without labels: a row's vector told from those of the batch's other rows."""
+
+    least_rows = 2
+
+    def __init__(self, settings: CoDIRSettings, context: Context):
+        super().__init__()
+        self.settings = settings
+        step = 2 if settings.teacher_layers == "every_other" else 1
+        self.student_layers = tuple(range(1, context.student_depth + 1))
+        self.teacher_layers = tuple(range(1, context.teacher_depth + 1, step))
+        self.student_needs, self.teacher_needs = (
+            Needs(pooled_states=frozenset((settings.pooling, layer) for layer in layers))
+            for layers in (self.student_layers, self.teacher_layers)
+        )
+        d = settings.dimension
+        self.student_projection = nn.Linear(len(self.student_layers) * context.student_width, d)
+        self.teacher_projection = nn.Linear(len(self.teacher_layers) * context.teacher_width, d)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """Return InfoNCE averaged over the batch and, where there are two, over the directions."""
+        s = self._vector(student, self.student_layers, self.student_projection)
+        t = self._vector(teacher, self.teacher_layers, self.teacher_projection)
+        way = self.settings.direction
+        directions = []
+        if way != "teacher_anchor":
+            directions.append(self._contrast(s, t))
+        if way != "student_anchor":
+            directions.append(self._contrast(t, s))
+        return torch.stack(directions).mean()
+
+    def _contrast(self, anchor: Tensor, other: Tensor) -> Tensor:
+        # Row b's candidates are all rows, its own the positive; the others get no gradient.
+        own = torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)
+        scores = torch.where(own, anchor @ other.mT, anchor @ other.detach().mT) / self.settings.tau
+        return F.cross_entropy(scores, torch.arange(len(anchor), device=anchor.device))
+
+    def _vector(self, outputs: Outputs, layers: tuple[int, ...], projection: nn.Linear) -> Tensor:
+        """Return ``normalize(W concat_l(pooled state of layer l) + b)``, shape ``(B, d)``."""
+        pooled = [outputs.pooled_states[self.settings.pooling, layer] for layer in layers]
+        return _unit(projection(torch.cat(pooled, dim=-1)))
+
+
+def pretrain(settings: CoDIRSettings, context: Context) -> Plan:
+    """Return ``hard + alpha1 soft + alpha2 contrast`` of a masked LM, negatives from the batch.
+
+    Raises:
+        WrongInput: If an option is of the memory bank or of labels.
+    """
+    if settings.loss != "infonce":
+        raise WrongInput(
+            "Pre-training contrasts the rows of a batch, without a memory bank: set method.loss=infonce."
+        )
+    weights = {"hard": 1.0, "soft": settings.alpha1, "contrast": settings.alpha2}
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    terms: dict[str, Term] = {
+        "hard": HardLabels("classification"),
+        "soft": SoftLabels("classification", settings.temperature),
+        "contrast": InBatchContrast(settings, context),
+    }
+    return Plan({name: terms[name] for name in weights}, (Stage(0.0, weights),))
+
+
 METHOD = Method(
     name="codir",
     title="CoDIR",
@@ -307,5 +370,7 @@ METHOD = Method(
     status="loss as described in third-party summaries; official mode as released in intersun/CoDIR",
     settings=CoDIRSettings,
     build=build,
+    pretrain=pretrain,
+    masked_lm=True,
     training={"epochs": 10, "warmup": 0.06, "weight_decay": 0.1},
 )

@@ -110,4 +110,7 @@ METHOD = Method(
     status="pre-training loss adapted to the task: hard labels for the masked LM",
     settings=DistilBERTSettings,
     build=build,
+    # Logits of a masked LM, and the hidden words as its hard labels: the paper's own use.
+    pretrain=build,
+    masked_lm=True,
 )

@@ -186,6 +186,20 @@ def build(settings: LRCBertSettings, context: Context) -> Plan:
     return Plan(terms, tuple(stages), perturbation)
 
 
+def pretrain(settings: LRCBertSettings, context: Context) -> Plan:
+    """Return COS-NCE alone, on text without labels, perturbed if `perturbation` is `both`.
+
+    Raises:
+        WrongInput: If an option needs labels, or keeps something of every sequence.
+    """
+    if settings.label_aware or settings.negatives == "bank" or not settings.alpha:
+        raise WrongInput(
+            "Pre-training has no labels, and its negatives are the other sequences of the batch: set "
+            "method.label_aware=false, method.negatives=in_batch, and method.alpha above 0."
+        )
+    return build(settings.model_copy(update={"switch": 1.0}), context)
+
+
 METHOD = Method(
     name="lrc-bert",
     title="LRC-BERT",
@@ -194,5 +208,6 @@ METHOD = Method(
     status="as re-implemented by GLMKD and BERT-gang",
     settings=LRCBertSettings,
     build=build,
+    pretrain=pretrain,
     training={"epochs": 18, "batch_size": 16},
 )

@@ -82,6 +82,13 @@ def build(settings: MiniLMSettings, context: Context) -> Plan:
     return Plan(used, (Stage(0.0, relations), Stage(settings.switch, labels)))
 
 
+def pretrain(settings: MiniLMSettings, context: Context) -> Plan:
+    """Return the relations alone, on text without labels: the paper's own use."""
+    plan = build(settings, context)
+    relations = plan.stages[0]
+    return Plan({name: plan.terms[name] for name in relations.weights}, (relations,))
+
+
 METHOD = Method(
     name="minilm",
     title="MiniLM",
@@ -90,4 +97,5 @@ METHOD = Method(
     status="as re-implemented by GLMKD, pre-training as a first stage on the task",
     settings=MiniLMSettings,
     build=build,
+    pretrain=pretrain,
 )

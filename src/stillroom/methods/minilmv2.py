@@ -94,6 +94,13 @@ def build(settings: MiniLMv2Settings, context: Context) -> Plan:
     return Plan(terms, (Stage(0.0, relations), Stage(settings.switch, labels)))
 
 
+def pretrain(settings: MiniLMv2Settings, context: Context) -> Plan:
+    """Return the relations alone, on text without labels: the paper's own use."""
+    plan = build(settings, context)
+    relations = plan.stages[0]
+    return Plan({name: plan.terms[name] for name in relations.weights}, (relations,))
+
+
 METHOD = Method(
     name="minilmv2",
     title="MiniLMv2",
@@ -102,4 +109,5 @@ METHOD = Method(
     status="as re-implemented by GLMKD, pre-training as a first stage on the task",
     settings=MiniLMv2Settings,
     build=build,
+    pretrain=pretrain,
 )

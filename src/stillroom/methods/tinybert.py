@@ -164,6 +164,11 @@ def build(settings: TinyBERTSettings, context: Context) -> Plan:
     return Plan(terms, tuple(stages))
 
 
+def pretrain(settings: TinyBERTSettings, context: Context) -> Plan:
+    """Return general distillation: the first stage alone, on text without labels."""
+    return build(settings.model_copy(update={"switch": 1.0}), context)
+
+
 METHOD = Method(
     name="tinybert",
     title="TinyBERT",
@@ -172,5 +177,6 @@ METHOD = Method(
     status="task distillation as the authors' code, in one run",
     settings=TinyBERTSettings,
     build=build,
+    pretrain=pretrain,
     training={"epochs": 13, "batch_size": 32, "learning_rate": 5e-5},
 )

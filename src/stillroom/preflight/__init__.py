@@ -9,7 +9,14 @@ from stillroom.preflight.base import Check, Report, Run
 from stillroom.preflight.folder import require_one_process
 from stillroom.preflight.models import require_same_head
 
-__all__ = ["Run", "check", "check_augmentation", "require_one_process", "require_same_head"]
+__all__ = [
+    "Run",
+    "check",
+    "check_augmentation",
+    "check_pretraining",
+    "require_one_process",
+    "require_same_head",
+]
 
 _FIRST: tuple[Check, ...] = (data.labels, models.vocabulary)
 """What must hold before a model can be scored on the rows."""
@@ -51,6 +58,16 @@ def check(run: Run, console: Console) -> dict[str, Any]:
     if not report.errors:
         teacher.solves_the_task(run, report)
     for examine in _REST:
+        examine(run, report)
+    if not report.errors:
+        models.trial(run, report)
+    return report.close(console)
+
+
+def check_pretraining(run: Run, console: Console) -> dict[str, Any]:
+    """Make every check that needs no labels, as `check` does."""
+    report = Report()
+    for examine in (models.layers, models.attention, models.perturbation, folder.trackers, folder.disk):
         examine(run, report)
     if not report.errors:
         models.trial(run, report)

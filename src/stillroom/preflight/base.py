@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from stillroom.data.batching import Batch
 from stillroom.data.tasks import Dataset, Rows
 from stillroom.data.tokens import Tokens
 from stillroom.encoder import Encoder, Needs
@@ -43,6 +44,8 @@ class Run:
     """Where and how much of the teacher is recorded; None: nothing."""
     repeated: bool = False
     """Whether its rows are read more than once."""
+    hide: Callable[[Batch, int], Batch] | None = None
+    """Hides words of a step's batch, as the loop does."""
 
     def splits(self) -> list[tuple[str, Rows]]:
         """Return the splits that the run reads, by name."""

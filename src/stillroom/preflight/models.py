@@ -296,6 +296,8 @@ def trial(run: Run, report: Report) -> None:
     rows = run.dataset.splits["train"]
     index = np.arange(min(len(rows), max(least, _TRIAL_ROWS)))
     made = make_batch(index, rows, run.tokens.student["train"], run.tokens.teacher["train"])
+    if run.hide is not None:
+        made = run.hide(made, 0)
     batch = made.to(device)
     with torch.random.fork_rng():
         # A copy: terms keep state of the rows they see.

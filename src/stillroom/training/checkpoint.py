@@ -154,7 +154,14 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _cpu(weights: dict[str, Any]) -> Weights:
-    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    found: Weights = {}
+    places: set[int] = set()
+    for name, value in weights.items():
+        value = value.detach().cpu().contiguous()
+        # A tied decoder has its table under two names, and a file of safetensors holds no memory twice.
+        found[name] = value.clone() if value.data_ptr() in places and value.numel() else value
+        places.add(value.data_ptr())
+    return found
 
 
 def _optimizer_state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> Weights:

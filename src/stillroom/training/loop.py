@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from stillroom import durable
-from stillroom.data.batching import epoch_batches, make_batch
+from stillroom.data.batching import Batch, epoch_batches, make_batch
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows
 from stillroom.encoder import Encoder
@@ -66,6 +66,15 @@ class Job:
     """Where the plan augments rows. It is trained, and checkpointed with the run."""
     live_teacher: LiveTeacher | None = None
     """The teacher on augmented rows, which no recording can hold."""
+    hide: Callable[[Batch, int], Batch] | None = None
+    """Hides words of a step's batch, to be guessed: a pure function of both. None hides nothing."""
+    any_word: bool = False
+    """Whether a step may read words that are not looked for in the rows beforehand."""
+
+    def batch(self, rows: np.ndarray, step: int) -> Batch:
+        """Return the batch of some rows as a step (from 0) sees it."""
+        made = make_batch(rows, self.rows, self.student_tokens, self.teacher_tokens)
+        return made if self.hide is None else self.hide(made, step)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,8 @@ class Schedule:
         last = settings.epochs - (len(counts) - 1)
         counts[-1] = max(1, round(counts[-1] * last))
         self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self.steps = math.ceil(int(self._starts[-1]) / settings.accumulation)
+        whole = math.ceil(int(self._starts[-1]) / settings.accumulation)
+        self.steps = min(whole, settings.max_steps or whole)
         self._stages = list(zip(_first_steps(plan.stages, self.steps), plan.stages, strict=True))
         evaluations = math.ceil(settings.epochs / settings.evaluate_every)
         steps = settings.evaluate_every_steps
@@ -143,7 +153,7 @@ class Schedule:
                     yield group
                     group = []
 
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
+    def _epoch(self, epoch: int) -> Sequence[np.ndarray]:
         s = self._settings
         return epoch_batches(
             self._lengths,
@@ -181,7 +191,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
             or if the disk is full.
     """
     # A generator may write any word.
-    ids = None if job.plan.augmentation else job.student_tokens.ids
+    ids = None if job.plan.augmentation or job.any_word else job.student_tokens.ids
     with trained_words(job.student, ids) as words:
         return _train(job, words, console, tracker_config)
 
@@ -218,7 +228,7 @@ def _train(
             ascent = augmenter if augmenter and augmenter.moves_generator(step) else None
             losses: list[Loss] = []
             for rows in group:
-                made = make_batch(rows, job.rows, job.student_tokens, job.teacher_tokens)
+                made = job.batch(rows, step)
                 batch = made.to(accelerator.device)
                 if ascent:
                     loss = ascent.objective(batch, ascent.draw(made, step))

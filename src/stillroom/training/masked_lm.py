@@ -6,7 +6,7 @@ Devlin et al.: "BERT", 2019, arXiv 1810.04805, sec. 3.1: 15 % of the words are t
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from stillroom.data.batching import Inputs, epoch_batches, pad, sequential_batches
+from stillroom.data.batching import Batch, Inputs, epoch_batches, pad, sequential_batches
 from stillroom.data.tokens import TokenisedRows
 from stillroom.errors import WrongInput
 from stillroom.generator import Generator
@@ -143,3 +143,32 @@ def _batches(tokens: TokenisedRows, settings: Settings) -> Iterator[np.ndarray]:
             batch_size=settings.batch_size,
             max_tokens=settings.batch_size * settings.max_length,
         )
+
+
+class Hiding:
+    """Hides words of a batch, to be guessed by student and teacher alike, as `corrupt` draws them.
+
+    The batch's labels become the words that stood there, and its inputs' `positions` where they stood.
+    """
+
+    def __init__(self, tokenizer: Any, *, seed: int):
+        self._seed = seed
+        self._rules: dict[str, Any] = {
+            "special": frozenset(tokenizer.all_special_ids),
+            "mask_id": int(tokenizer.mask_token_id),
+            "vocabulary": len(tokenizer),
+        }
+
+    def __call__(self, batch: Batch, step: int) -> Batch:
+        """Return the batch as a step (from 0) sees it; -1 is the one draw for held-out rows.
+
+        The batch is on the CPU. Where no word was drawn, the first token is guessed as it is: a batch
+        without a guess would have no loss.
+        """
+        given = batch.student
+        inputs, positions = corrupt(given, batch.row_ids, **self._rules, seed=self._seed, draw=step + 1)
+        if not len(positions):
+            positions = torch.zeros(1, dtype=torch.int64)
+        goals = given.input_ids.flatten()[positions]
+        inputs = replace(inputs, positions=positions)
+        return replace(batch, student=inputs, teacher=inputs, labels=goals)

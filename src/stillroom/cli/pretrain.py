@@ -1,0 +1,165 @@
+"""`stillroom pretrain`: distil an encoder on raw text, as a start for students of any task."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stillroom.cli import frame
+from stillroom.cli.distill import show_checks
+from stillroom.errors import WrongInput
+
+EXAMPLES = frame.examples(
+    "stillroom pretrain --teacher minilm-l6 --text corpus --student 4x312 --init pca -o runs/pretrained",
+    "stillroom pretrain --teacher bert-base-uncased --text a.txt --text b.parquet --method distilbert "
+    "--set training.max_steps=10000 -o runs/pretrained",
+    "stillroom pretrain --resume runs/pretrained",
+    "stillroom distill --teacher runs/teacher --dataset glue/mrpc --init runs/pretrained -o runs/mrpc",
+)
+WHAT = "What to distil"
+
+
+def pretrain(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE.yaml", help="A recipe; options given beside it take precedence."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M", help="Pretrained encoder: a folder, a hub id, or minilm-l6.", rich_help_panel=WHAT
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text: .txt (an empty line ends a document), .jsonl, .parquet, .csv or .tsv, or a folder "
+            "of these; may be repeated.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="A size such as 4x312 (the default), layers:2,4,6 of the teacher, or a checkpoint.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="How the student starts: random, teacher (its layers, copied), pca (its layers, folded "
+            "into fewer dimensions), or a checkpoint. Default: random for a size, teacher for layers.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="minilm (the default), minilmv2, tinybert, lrc-bert; distilbert and codir, whose teacher "
+            "needs a masked-LM head.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="RUN", help="The run folder, new or empty.", rich_help_panel=frame.RUN
+        ),
+    ] = None,
+    given: frame.Overrides = None,
+    seed: frame.Seed = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything and read all text; train nothing.",
+            rich_help_panel=frame.RUN,
+        ),
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with a run that was stopped or killed; it needs no other option.",
+            rich_help_panel=frame.RUN,
+        ),
+    ] = None,
+    as_json: frame.AsJson = False,
+) -> None:
+    """Distil an encoder on raw text: make a start for students of any task.
+
+    Text is packed into full sequences (--set text.sequence_length=128), once, and some of it held out. How
+    long: --set training.epochs=1, or --set training.max_steps=N.
+    """
+    folder = resume or output or Path()
+    fixed = {
+        "RECIPE.yaml": recipe,
+        "--teacher": teacher,
+        "--text": text or None,
+        "--student": student,
+        "--init": init,
+        "--method": method,
+        "--output": output,
+        "--set": given or None,
+        "--seed": seed,
+        "--dry-run": dry_run or None,
+    }
+
+    def work(console: Console) -> dict[str, Any]:
+        from stillroom.recipe import PretrainRecipe
+        from stillroom.run.pretrain import pretrain
+
+        if resume is not None:
+            beside = [name for name, value in fixed.items() if value is not None]
+            if beside:
+                raise WrongInput(
+                    "A run goes on with its own recipe: expected --resume alone, found "
+                    f"{', '.join(beside)} beside it. Leave that out, or start a new run with -o."
+                )
+            return pretrain(None, folder, resume=True, console=console)
+        if output is None:
+            raise WrongInput(
+                "Expected a folder for the run: give -o RUN, or --resume RUN to go on with one."
+            )
+        loaded = PretrainRecipe.load(
+            recipe,
+            frame.overrides(given, seed=seed),
+            teacher=teacher,
+            student=student,
+            init=init,
+            method=method,
+            text={"files": [str(path) for path in text]} if text else None,
+        )
+        return pretrain(loaded, folder, dry_run=dry_run, console=console)
+
+    found = frame.execute(work, as_json=as_json, stopped=lambda: _how_to_go_on(folder))
+    if as_json:
+        return
+    if dry_run:
+        show_checks(found)
+        return
+    table = frame.table({"on held-out text": "left", "before": "right", "after": "right"})
+    for name, after in found["held_out"]["after"].items():
+        table.add_row(name.replace("_", " "), f"{found['held_out']['before'][name]:.4f}", f"{after:.4f}")
+    took = found["train"]
+    frame.show(
+        table,
+        f"{took['steps']} steps, {took['tokens'] / 1e6:.1f} M tokens in {took['seconds']:.0f} s: "
+        f"{took['tokens_per_second']:,.0f} tokens/s",
+        f"Student: {folder / 'student'}",
+        f"Numbers: {folder / 'metrics.json'}",
+        f"Next: stillroom distill --teacher T --dataset D --init {shlex.quote(str(folder))} -o RUN",
+    )
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if (folder / "recipe.yaml").exists():
+        return f"Stopped. Go on with: stillroom pretrain --resume {shlex.quote(str(folder))}"
+    return "Stopped before the first step; there is nothing to go on with."
