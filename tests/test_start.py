@@ -181,6 +181,31 @@ def test_the_head_that_writes_most_is_kept(family: str, monkeypatch: pytest.Monk
         assert torch.allclose(new, old[8 * head : 8 * (head + 1)] @ seen[-1], atol=1e-6)
 
 
+def test_the_mean_of_what_goes_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the mean state a kept head's query is the teacher's, and at the mean context what is written."""
+    seen = []
+    whole = start.principal_projection
+    monkeypatch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+    teacher = varied(make_encoder(layers=1))
+    found = made("1x8x1x32", teacher)
+    names, P = start._FAMILIES["bert"], seen[-1]
+    stats = start._statistics(teacher, names, (1,), start.sample(make_tokens(ROWS, teacher), start.TOKENS))
+
+    def layer(model: Encoder, name: str) -> tuple[Tensor, Tensor]:
+        linear: Any = model.blocks()[1][0].get_submodule(getattr(names, name))
+        return linear.weight.double(), linear.bias.double()
+
+    (old, bias), (new, new_bias) = layer(teacher, "query"), layer(found, "query")
+    mean = stats.embeddings.mean[0]
+    head = 8 if torch.allclose(new, old[8:] @ P, atol=1e-6) else 0
+    assert (P @ (P.T @ mean) - mean).norm() > 0.1
+    assert torch.allclose(new @ (P.T @ mean) + new_bias, (old @ mean + bias)[head : head + 8], atol=1e-5)
+    (old, bias), (new, new_bias) = layer(teacher, "attention_out"), layer(found, "attention_out")
+    context = stats.blocks[0].context.mean
+    want = P.T @ (old @ context.flatten() + bias)
+    assert torch.allclose(new @ context[head // 8] + new_bias, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", KNOWN)
 def test_states_follow_the_teachers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []

@@ -329,8 +329,8 @@ def _open(folder: Path, settings: TextSettings, tokenizer: Any, key: str) -> Pac
     ids: Any = _Ids([chunk.to_numpy() for chunk in table.column("ids").chunks])
     rows, S = int(facts["rows"]), settings.sequence_length
     # At most a tenth, and at least one.
-    held = max(1, min(settings.held_out, rows // 10))
-    every = rows // held
+    every = -(-rows // max(1, min(settings.held_out, rows // 10)))
+    held = -(-rows // every)
 
     def part(count: int, *, held_out: bool) -> TokenisedRows:
         offsets: Any = _Offsets(S, every, held_out)
@@ -338,7 +338,7 @@ def _open(folder: Path, settings: TextSettings, tokenizer: Any, key: str) -> Pac
         lengths = np.broadcast_to(np.int64(S), (count,))
         return TokenisedRows(ids, None, offsets, lengths, tokenizer.pad_token_id, 0)
 
-    train, apart = part(rows - -(-rows // every), held_out=False), part(held, held_out=True)
+    train, apart = part(rows - held, held_out=False), part(held, held_out=True)
     return Packed(train, apart, facts["documents"], facts["tokens"], key)
 
 
