@@ -16,7 +16,7 @@ from workspace import write_data
 
 from stillroom.cli import app
 from stillroom.methods import METHODS
-from stillroom.recipe import Recipe
+from stillroom.recipe import PretrainRecipe, Recipe
 from tiny import save_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,20 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def test_recipe_page_lists_every_key_with_its_default() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \|", (ROOT / "docs/recipe.md").read_text(), re.MULTILINE)
     assert dict(rows) == dict(keys(Recipe))
+
+
+def test_pretraining_page_lists_what_differs_with_its_default() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \|", (ROOT / "docs/pretrain.md").read_text(), re.MULTILINE)
+    known, task = dict(keys(PretrainRecipe)), dict(keys(Recipe))
+    assert dict(rows).items() <= known.items()
+    differ = {key for key, default in known.items() if key.startswith("t") and default != task.get(key)}
+    assert {key for key in differ if key != "teacher"} <= dict(rows).keys()
+
+
+def test_pretraining_page_lists_every_method_that_has_it() -> None:
+    page = (ROOT / "docs/pretrain.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[`([\w-]+)`\]", page, re.MULTILINE)
+    assert set(listed) == {method.name for method in METHODS.values() if method.pretrain is not None}
 
 
 @pytest.mark.parametrize("name", METHODS)

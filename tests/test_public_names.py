@@ -11,6 +11,7 @@ def test_public_names_are_these() -> None:
         "Comparison",
         "DatasetSettings",
         "FinetuneRecipe",
+        "PretrainRecipe",
         "Recipe",
         "RunFailed",
         "StillroomError",
@@ -22,6 +23,7 @@ def test_public_names_are_these() -> None:
         "evaluate",
         "export",
         "finetune",
+        "pretrain",
     ]
 
 

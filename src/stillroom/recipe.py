@@ -298,7 +298,7 @@ class TextSettings(Settings):
     """Column of the text in a table; found by its usual names if not given."""
     sequence_length: Annotated[int, Field(ge=8)] = 128
     """Tokens of a sequence: documents are packed into full ones."""
-    held_out: Annotated[int, Field(ge=1)] = 512
+    held_out: Annotated[int, Field(ge=1)] = 256
     """Most sequences to hold out, evenly spread over the text; a tenth of all if that is fewer."""
 
 
