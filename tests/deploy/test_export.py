@@ -201,6 +201,7 @@ def test_wrong_input_is_named(exported: Exported, tmp_path: Path, monkeypatch: p
     refused("new or empty", exported.model, exported.folder, formats="onnx")
     refused("0 or more", max_drop=float("nan"))
     refused("with --vocabulary trim", text=["x.txt"])
+    refused("with --vocabulary trim", pieces=1000)
     refused("found none at", tmp_path / "nothing", tmp_path / "e", formats="onnx")
     (tmp_path / "empty").mkdir()
     refused("cannot be loaded", tmp_path / "empty", tmp_path / "e", formats="onnx")

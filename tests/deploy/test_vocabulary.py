@@ -17,7 +17,7 @@ from stillroom import RunFailed, WrongInput, encoder, export
 from stillroom.data.batching import pad
 from stillroom.data.tasks import Rows
 from stillroom.deploy.predictor import Predictor
-from stillroom.deploy.vocabulary import coverage, read_texts, trim, used_ids
+from stillroom.deploy.vocabulary import coverage, piece_counts, read_texts, trim, with_room
 from stillroom.encoder import Encoder, Needs, weights_hash
 from tiny import WORDS, make_encoder, make_rows, make_task, make_teacher, make_tokens
 
@@ -136,7 +136,7 @@ def logits(model: Encoder, texts: list[str]) -> torch.Tensor:
 def trimmed(kind: str) -> tuple[Encoder, Encoder]:
     make, family = KINDS[kind]
     whole = encoder_with(make(), family)
-    return whole, trim(whole, used_ids(whole.tokenizer, KEPT))
+    return whole, trim(whole, piece_counts(whole.tokenizer, KEPT))
 
 
 @every_kind
@@ -192,14 +192,14 @@ def test_a_trimmed_model_saves_and_loads(kind: str, tmp_path: Path) -> None:
 def test_the_source_stays_as_it_was() -> None:
     whole = encoder_with(word_piece(), "bert")
     before = weights_hash(whole.model), len(whole.tokenizer), whole.config.vocab_size
-    trim(whole, used_ids(whole.tokenizer, KEPT))
+    trim(whole, piece_counts(whole.tokenizer, KEPT))
     assert before == (weights_hash(whole.model), len(whole.tokenizer), whole.config.vocab_size)
 
 
 def test_what_is_kept_of_a_word_piece() -> None:
     """By hand: the pieces of the text, all letters with their continuations, the special tokens."""
     whole = encoder_with(word_piece(), "bert")
-    small = trim(whole, used_ids(whole.tokenizer, ["goodness"]))
+    small = trim(whole, piece_counts(whole.tokenizer, ["goodness"]))
     letters = {chr(ord("a") + i) for i in range(26)} | {"-"}
     special = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
     expected = special | letters | {f"##{c}" for c in letters} | {"good", "##ness"}
@@ -215,14 +215,43 @@ def test_a_piece_whose_letter_has_no_piece_of_its_own_is_kept() -> None:
     backend = Tokenizer.from_str(json.dumps(stated))
     odd = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **BERT)
     whole = encoder_with(odd, "bert")
-    small = trim(whole, used_ids(odd, ["the film"]))
+    small = trim(whole, piece_counts(odd, ["the film"]))
     assert "##zzq" in small.tokenizer.get_vocab() and "##ness" not in small.tokenizer.get_vocab()
     assert small.tokenizer.unk_token_id not in small.tokenizer("azzq")["input_ids"]
 
 
+def test_a_vocabulary_has_room_for_the_most_frequent_pieces_of_the_first_corpus_first() -> None:
+    whole = encoder_with(word_piece(), "bert")
+    vocab = whole.tokenizer.get_vocab()
+    first = piece_counts(whole.tokenizer, ["the film", "film"])
+    second = piece_counts(whole.tokenizer, ["good the", "good", "dull"])
+    assert first[vocab["film"]] == 2 and first[vocab["[CLS]"]] == 2
+    # 27 letters with their continuations, five special tokens.
+    least = 2 * 27 + 5
+    expected = ["film", "the", "good", "dull"]
+    for room in range(5):
+        small = trim(whole, with_room(whole, [first, second], least + room))
+        assert small.tokenizer.get_vocab().keys() & set(expected) == set(expected[:room])
+        assert len(small.tokenizer) == least + room
+    assert len(trim(whole, with_room(whole, [first, second], 1000)).tokenizer) == least + 4
+    with pytest.raises(WrongInput, match=r"at least 59 pieces.*--pieces 58"):
+        with_room(whole, [first], 58)
+
+
+def test_more_text_adds_its_pieces_to_those_of_the_training_split(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("goodness\n")
+    options: dict[str, Any] = {"dataset": str(model / "data"), "console": QUIET, "formats": "torch"}
+    found = [
+        export(model / "model", tmp_path / str(i), vocabulary="trim", text=text, **options)["vocabulary"]
+        for i, text in enumerate(([], [tmp_path / "text.txt"]))
+    ]
+    assert found[1]["pieces"] == found[0]["pieces"] + 1
+    assert found[1]["corpus"] == ["training split", str(tmp_path / "text.txt")]
+
+
 def test_coverage_counts_tokens_and_rows() -> None:
     whole = encoder_with(word_piece(), "bert")
-    small = trim(whole, used_ids(whole.tokenizer, ["the film"]))
+    small = trim(whole, piece_counts(whole.tokenizer, ["the film"]))
     texts = ["the film", "the zebra", "film"]
     rows = Rows("texts", (texts,), np.zeros(3, dtype=np.int64))
     # Tokens with [CLS] and [SEP]: 4, 5 (the zeb ##ra) and 3; zeb and ##ra are gone.
@@ -274,7 +303,7 @@ def test_a_trimmed_export_is_smaller_and_loses_nothing(model: Path, tmp_path: Pa
     found = small["vocabulary"]
     assert found["pieces"] < found["of"] == len(word_piece())
     assert found["coverage"] == {"tokens": 1.0, "rows": 1.0} and found["drop"] == 0.0
-    assert found["corpus"] == "training split" and whole["vocabulary"] is None
+    assert found["corpus"] == ["training split"] and whole["vocabulary"] is None
     assert small["forms"]["onnx"]["bytes"] < whole["forms"]["onnx"]["bytes"]
     assert small["source"] == whole["source"]
     texts = make_rows(make_task(), 20, seed=3).texts[0]
@@ -283,7 +312,7 @@ def test_a_trimmed_export_is_smaller_and_loses_nothing(model: Path, tmp_path: Pa
 
 
 def test_trimming_that_loses_too_much_fails(model: Path, tmp_path: Path) -> None:
-    """The given text lacks the words that decide."""
+    """There is room for the letters and for hardly any word."""
     (tmp_path / "text.txt").write_text("the film is\n")
     with pytest.raises(RunFailed, match=r"Trimming the vocabulary loses .* points"):
         export(
@@ -293,6 +322,7 @@ def test_trimming_that_loses_too_much_fails(model: Path, tmp_path: Path) -> None
             dataset=str(model / "data"),
             vocabulary="trim",
             text=[tmp_path / "text.txt"],
+            pieces=62,
             console=QUIET,
         )
     assert not (tmp_path / "export").exists()

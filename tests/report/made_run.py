@@ -123,5 +123,41 @@ def make_run(
     return folder
 
 
+def make_comparison(folder: Path, *, whole: bool = True) -> Path:
+    """Write a comparison's folder: two methods, two seeds; `whole` with logs, settings and machine."""
+    result = {"seeds": {"0": {"accuracy": 0.8}, "1": {"accuracy": 0.9}}, "mean": {"accuracy": 0.85}}
+    result |= {"standard_deviation": {"accuracy": 0.07}, "retained": 0.944, "seconds": 10.0}
+    against = {"accuracy": {"value": 0.02, "low": -0.01, "high": 0.05}}
+    costs = {"parameters": 1_000_000, "ms_per_example": 2.0}
+    kd = {**result, "mean": {"accuracy": 0.87}, "against_control": against}
+    teacher = {**costs, "ms_per_example": 4.0, "metrics": {"accuracy": 0.9}}
+    made: dict[str, dict[str, Any]] = {"none": result, "kd": kd}
+    found = {"dataset": HOSTILE, "rows": 100, "metric": "accuracy", "teacher": teacher}
+    folder.mkdir(parents=True)
+    if whole:
+        made = {name: {**one, "folder": f"runs/s/{name}"} for name, one in made.items()}
+        found["environment"] = {"machine": "a machine <i>", "threads": 2}
+        (folder / "compare.yaml").write_text(f"teacher: '{HOSTILE[:5]}'\n")
+        for name in made:
+            for seed in (0, 1):
+                lines: list[dict[str, Any]] = []
+                for step in (1, 2, 3, 4):
+                    stage = 1 if step < 3 else 2
+                    line = {"step": step, "stage": stage, "epoch": step / 2, "loss": step + 2.0 * seed}
+                    if name == "kd":
+                        flow = [[0.5 + 0.5 * seed, 0.5 - 0.5 * seed]]
+                        line["record"] = {"layers": {"hidden_states": {"emd": 1.0, "flow": flow}}}
+                    lines += [
+                        line,
+                        {"step": step, "epoch": step / 2, "validation": {"accuracy": step / 10}},
+                    ]
+                place = folder / "runs" / "s" / name / str(seed)
+                place.mkdir(parents=True)
+                _write_log(place / "log.jsonl", lines)
+    students = {HOSTILE: {**costs, "control": "none", "methods": made}}
+    (folder / "compare.json").write_text(json.dumps({**found, "students": students}))
+    return folder
+
+
 def _write_log(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import HOSTILE, make_run
+from made_run import HOSTILE, make_comparison, make_run
 
 from stillroom.report.page import write
 
@@ -177,6 +177,27 @@ def test_the_page_never_scrolls_sideways(page: Any, scheme: str, width: int) -> 
     screen(page, width)
     page.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true })")
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_comparison_fits_the_screen_in_silence(browser: Any, tmp_path: Path, width: int) -> None:
+    screen(browser, width)
+    browser.get_log("browser")
+    browser.get(write(make_comparison(tmp_path / "compared")).as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true })")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return window.hacked") is None and browser.get_log("browser") == []
+    pictures = browser.find_elements("css selector", "svg")
+    assert len(pictures) == 7 and all(picture.get_attribute("aria-label") for picture in pictures)
+
+
+def test_paper_shows_what_can_be_unfolded(page: Any) -> None:
+    folded = "return document.querySelectorAll('details:not([open])').length"
+    assert page.execute_script(folded) > 0
+    page.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert page.execute_script(folded) == 0
+    page.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert page.execute_script(folded) > 0
 
 
 def luminance(colour: str) -> float:

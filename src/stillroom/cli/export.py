@@ -11,6 +11,7 @@ from stillroom.cli import frame
 EXAMPLES = frame.examples(
     "stillroom export runs/student",
     "stillroom export runs/student -o deploy --format onnx-int8 --vocabulary trim --max-drop 0.3",
+    "stillroom export runs/student -o deploy --vocabulary trim --text reviews.txt --pieces 15000",
     "stillroom export runs/teacher -o deploy --format openvino,openvino-int8 --dataset glue/sst2 --json",
 )
 
@@ -34,12 +35,20 @@ def export(
     ] = 0.5,
     vocabulary: Annotated[
         Literal["whole", "trim"],
-        typer.Option(help="trim keeps only the pieces that the training text uses, and an alphabet."),
+        typer.Option(help="trim keeps only the pieces that the texts use, and an alphabet."),
     ] = "whole",
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="With trim: text in place of the training text; may be repeated."
+            metavar="FILE", help="With trim: text whose pieces are kept as well; may be repeated."
+        ),
+    ] = None,
+    pieces: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="With trim: most pieces to keep, the training text's before those of --text, the most "
+            "frequent first.",
         ),
     ] = None,
     dataset: frame.OptionalDataset = None,
@@ -64,6 +73,7 @@ def export(
             max_drop=max_drop,
             vocabulary=vocabulary,
             text=text or (),
+            pieces=pieces,
             console=console,
         )
 

@@ -27,7 +27,7 @@ from stillroom.deploy.predictor import (
     open_form,
     own_tokenizer,
 )
-from stillroom.deploy.vocabulary import coverage, read_texts, texts_of, trim, used_ids
+from stillroom.deploy.vocabulary import coverage, piece_counts, read_texts, texts_of, trim, with_room
 from stillroom.encoder import Encoder, quiet, weights_hash
 from stillroom.errors import RunFailed, WrongInput
 from stillroom.evaluation.compare import require_same_labels
@@ -56,6 +56,7 @@ def export(
     max_drop: float = 0.5,
     vocabulary: Literal["whole", "trim"] = "whole",
     text: Sequence[str | Path] = (),
+    pieces: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Write a model in other forms, with tokenizer, configuration and a manifest of what was measured.
@@ -73,8 +74,10 @@ def export(
             any, float forms are compared with torch only.
         max_drop: Most points of the task's first metric (1 point = 0.01) that a form may lose
             against the model as it came, trimmed or not.
-        vocabulary: `trim` keeps only the pieces that the training split uses, and an alphabet.
-        text: With `trim`: text files in UTF-8 in place of the training split.
+        vocabulary: `trim` keeps only the pieces that the training split and `text` use, and an alphabet.
+        text: With `trim`: text files in UTF-8 whose pieces are kept as well.
+        pieces: With `trim`: the most pieces to keep. Those of the training split come first, then those of
+            `text`, of each the most frequent first.
         console: Where progress goes; standard error by default.
 
     Returns:
@@ -93,8 +96,8 @@ def export(
     names = forms.parse(formats)
     if not max_drop >= 0:
         raise WrongInput(f"Expected max_drop in points, 0 or more, found {max_drop}.")
-    if text and vocabulary != "trim":
-        raise WrongInput("--text names the texts whose pieces are kept: give it with --vocabulary trim.")
+    if (text or pieces is not None) and vocabulary != "trim":
+        raise WrongInput("--text and --pieces say which pieces are kept: give them with --vocabulary trim.")
     folder = _folder(model, output)
     settings = _settings(model, dataset)
     if settings is None and (vocabulary == "trim" or any("int8" in name for name in names)):
@@ -105,7 +108,7 @@ def export(
     durable.require_empty(folder, "Give another folder with -o, or remove this one.")
     work = _Work.load(str(model), settings, max_drop, console)
     if vocabulary == "trim":
-        work = work.trimmed([Path(path) for path in text])
+        work = work.trimmed([Path(path) for path in text], pieces)
     with durable.new_folder(folder) as aside:
         manifest = work.write(names, aside)
         durable.write_json(aside / forms.MANIFEST, manifest)
@@ -167,12 +170,17 @@ class _Work:
             console,
         )
 
-    def trimmed(self, paths: Sequence[Path]) -> "_Work":
+    def trimmed(self, paths: Sequence[Path], pieces: int | None) -> "_Work":
         """Return the same with a smaller vocabulary, which has to pass the gate itself."""
         assert self.dataset is not None and self.split is not None and self.goal is not None
-        texts = read_texts(paths) if paths else texts_of(self._training_text())
         whole = self.encoder
-        smaller = trim(whole, used_ids(whole.tokenizer, texts))
+        corpora = [
+            piece_counts(whole.tokenizer, texts)
+            for texts in (texts_of(self._training_text()), read_texts(paths))
+        ]
+        smaller = trim(
+            whole, set().union(*corpora) if pieces is None else with_room(whole, corpora, pieces)
+        )
         tokens = tokenise(
             self.split.rows, smaller.tokenizer, max_length=self.max_length, console=self.console
         )
@@ -181,15 +189,15 @@ class _Work:
         if not verdict.passes(self.max_drop):
             raise RunFailed(
                 f"Trimming the vocabulary loses {verdict.drop:.2f} points on the validation split, more "
-                f"than the {self.max_drop:g} of --max-drop. Give more text with --text, or leave the "
-                "vocabulary whole."
+                f"than the {self.max_drop:g} of --max-drop. Give more text with --text, keep more "
+                "--pieces, or leave the vocabulary whole."
             )
         table = smaller.model.get_input_embeddings()  # type: ignore[operator]
         before = whole.model.get_input_embeddings()  # type: ignore[operator]
         found = {
             "pieces": int(table.num_embeddings),
             "of": int(before.num_embeddings),
-            "corpus": [str(path) for path in paths] or "training split",
+            "corpus": ["training split", *map(str, paths)],
             "coverage": asdict(coverage(self.split.tokens, tokens, smaller, whole)),
             "metrics": verdict.metrics,
             "drop": verdict.drop,

@@ -12,9 +12,12 @@ Any other text falls apart into shorter pieces. It becomes unknown only where it
 each of its characters is in the alphabet.
 """
 
+import bisect
 import copy
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,20 +45,17 @@ class Coverage:
     """Of its rows, those that are tokenised as before."""
 
 
-def used_ids(tokenizer: Any, texts: Iterable[str]) -> set[int]:
-    """Return the ids that a tokenizer makes of texts."""
-    used: set[int] = set()
-    chunk: list[str] = []
+def piece_counts(tokenizer: Any, texts: Iterable[str]) -> Counter[int]:
+    """Return how often a tokenizer makes each id of texts."""
+    counts: Counter[int] = Counter()
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    for text in texts:
-        chunk.append(text)
-        if len(chunk) == _CHUNK:
-            used.update(i for found in backend.encode_batch_fast(chunk) for i in found.ids)
-            chunk = []
-    used.update(i for found in backend.encode_batch_fast(chunk) for i in found.ids)
-    return used
+    rest = iter(texts)
+    while chunk := list(itertools.islice(rest, _CHUNK)):
+        for found in backend.encode_batch_fast(chunk):
+            counts.update(found.ids)
+    return counts
 
 
 def texts_of(rows: Rows) -> Iterable[str]:
@@ -79,22 +79,48 @@ def read_texts(paths: Sequence[Path]) -> Iterable[str]:
             ) from None
 
 
-def trim(encoder: Encoder, used: set[int]) -> Encoder:
+def with_room(encoder: Encoder, corpora: Sequence[Counter[int]], pieces: int) -> set[int]:
+    """Return the ids of corpora for which a vocabulary of so many pieces has room.
+
+    Those of the first corpus come first, then those of the next; of each the most frequent first.
+    What is kept in any case counts, too.
+
+    Args:
+        encoder: The model whose vocabulary is to be trimmed.
+        corpora: How often each id occurs: see `piece_counts`.
+        pieces: The most pieces to keep.
+
+    Raises:
+        WrongInput: If what is kept in any case is more, or the vocabulary cannot be trimmed.
+    """
+    ranked = list(dict.fromkeys(i for counts in corpora for i, _ in counts.most_common()))
+    stated = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
+
+    def size(count: int) -> int:
+        return len(_kept(encoder, stated, ranked[:count])[0])
+
+    if size(0) > pieces:
+        raise WrongInput(
+            f"Expected room for at least {size(0):,} pieces, the special tokens and the alphabet, found "
+            f"--pieces {pieces}. Raise it."
+        )
+    # More pieces never make a smaller vocabulary, so that the last count that fits can be bisected.
+    return set(ranked[: bisect.bisect_right(range(len(ranked) + 1), pieces, key=size) - 1])
+
+
+def trim(encoder: Encoder, used: Collection[int]) -> Encoder:
     """Return the same model with only the kept pieces in its vocabulary and embedding table.
 
     Args:
         encoder: The model; it stays as it is.
-        used: The ids that the corpus uses: see `used_ids`.
+        used: The ids that the corpus uses: see `piece_counts`.
 
     Raises:
         WrongInput: If the tokenizer is of a kind whose vocabulary cannot be cut exactly.
     """
     table = encoder.model.get_input_embeddings()  # type: ignore[operator]
     stated = json.loads(encoder.tokenizer.backend_tokenizer.to_str())
-    kept, cut = _cut(stated, used)
-    pad = int(encoder.tokenizer.pad_token_id)
-    # RoBERTa counts positions from the padding id: it must stay where it is.
-    kept |= set(range(pad + 1))
+    kept, cut = _kept(encoder, stated, used)
     order = np.array(sorted(i for i in kept if i < table.num_embeddings))
     moved = {int(old): new for new, old in enumerate(order)}
     model = copy.deepcopy(encoder.model)
@@ -123,6 +149,15 @@ def coverage(before: TokenisedRows, after: TokenisedRows, kept: Encoder, whole: 
         theirs = after.ids[after.offsets[row] :][: after.lengths[row]]
         same += bool(np.array_equal(ours, theirs))
     return Coverage(float(np.mean(ids >= 0)), same / max(1, len(before)))
+
+
+def _kept(encoder: Encoder, stated: dict[str, Any], used: Collection[int]) -> tuple[set[int], Any]:
+    """Return what `_cut` does, with the ids up to that of the padding.
+
+    RoBERTa counts positions from the padding id: it must stay where it is.
+    """
+    kept, cut = _cut(stated, set(used))
+    return kept | set(range(int(encoder.tokenizer.pad_token_id) + 1)), cut
 
 
 def _cut(stated: dict[str, Any], used: set[int]) -> tuple[set[int], Any]:
