@@ -209,6 +209,10 @@ def test_command_line(place: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, *more])
     assert done.exit_code == 0 and "tokens/s" in done.stdout and f"--init {run}" in done.stdout
     assert json.loads((run / "metrics.json").read_text())["text"] == found["text"]
+    recipe(place).save(tmp_path / "recipe.yaml")
+    beside = ["pretrain", str(tmp_path / "recipe.yaml"), "--text", str(place / "text.txt"), "--dry-run"]
+    kept = CliRunner().invoke(app, [*beside, "-o", str(tmp_path / "d"), "--json"])
+    assert json.loads(kept.stdout)["text"]["sequence_length"] == 16, "--text dropped the recipe's length"
     for wrong, match in (
         (command, "new or empty"),
         (["pretrain", "--resume", str(tmp_path / "none")], "no run to resume"),

@@ -129,6 +129,23 @@ def test_a_cell_of_any_length_is_tokenised_in_pieces(tmp_path: Path, monkeypatch
     assert sequences(found)[:, 1:-1].reshape(-1).tolist() == want[: len(want) // 8 * 8]
 
 
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(packed, "PIECE", 1 << 14)
+    monkeypatch.setattr(packed, "_ROWS", 256)
+    peaks = []
+    for times in (1, 8):
+        folder = tmp_path / str(times)
+        folder.mkdir()
+        path = write(folder, "jsonl", documents(1000) * times)
+        tracemalloc.start()
+        found = pack(settings(path), TOKENIZER, QUIET)
+        pad(found.train, np.arange(8))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert len(found.train) > 8 * 1500
+    assert peaks[1] < 1.5 * peaks[0] + 1e5
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [

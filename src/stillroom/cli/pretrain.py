@@ -1,5 +1,6 @@
 """`stillroom pretrain`: distil an encoder on raw text, as a start for students of any task."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,14 +129,15 @@ def pretrain(
             raise WrongInput(
                 "Expected a folder for the run: give -o RUN, or --resume RUN to go on with one."
             )
+        # As an override, it leaves the rest of a recipe's section `text`.
+        files = [f"text.files={json.dumps([str(path) for path in text])}"] if text else []
         loaded = PretrainRecipe.load(
             recipe,
-            frame.overrides(given, seed=seed),
+            [*files, *frame.overrides(given, seed=seed)],
             teacher=teacher,
             student=student,
             init=init,
             method=method,
-            text={"files": [str(path) for path in text]} if text else None,
         )
         return pretrain(loaded, folder, dry_run=dry_run, console=console)
 
