@@ -1,6 +1,7 @@
 """Task-agnostic distillation: text in, a start out; killed, resumed, and given what it cannot use."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,8 +20,12 @@ from typer.testing import CliRunner
 from stillroom import PretrainRecipe, WrongInput, encoder, methods, pretrain, student
 from stillroom.cli import app
 from stillroom.data.batching import Batch, Inputs
-from stillroom.encoder import weights_hash
+from stillroom.encoder import Outputs, weights_hash
 from stillroom.evaluation.held_out import linear_cka
+from stillroom.methods.base import Context
+from stillroom.methods.codir import CoDIRSettings, InBatchContrast
+from stillroom.ops.info_nce import info_nce
+from stillroom.recipe import MethodSettings
 from stillroom.training.masked_lm import Hiding
 from tiny import WORDS, make_encoder, make_generator, make_task, make_tokenizer
 
@@ -275,3 +280,91 @@ def test_linear_cka() -> None:
     want = (K * L).sum() / ((K * K).sum() * (L * L).sum()).sqrt()
     assert linear_cka(x, y) == pytest.approx(want.item(), rel=1e-9)
     assert linear_cka(x, torch.ones(200, 2)) == 0
+
+
+# The plans
+
+
+CONTEXT = Context("classification", 30, 100, 2, 16, 4, 24)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        ("minilm", {"attention": 1.0, "value_relation": 1.0}),
+        ("minilmv2", {"query_relation": 1.0, "key_relation": 1.0, "value_relation": 1.0}),
+        ("tinybert", {"attention": 1.0, "hidden_states": 1.0}),
+        ("lrc-bert", {"cos_nce": 1.0}),
+        ("distilbert", {"soft": 5.0, "hard": 2.0, "cosine": 1.0}),
+        ("codir", {"hard": 1.0, "soft": 1.0, "contrast": 0.1}),
+    ],
+)
+def test_plans_are_one_stage_without_labels(method: str, weights: dict[str, float]) -> None:
+    settings = MethodSettings(name=method, **OPTIONS.get(method, {}))
+    plan = methods.build_pretraining(settings, CONTEXT)
+    assert [dict(stage.weights) for stage in plan.stages] == [weights]
+    assert plan.terms.keys() == weights.keys()
+    assert plan.stages[0].perturb == (method == "lrc-bert")
+    logits = any(term.student_needs.logits for term in plan.terms.values())
+    assert logits == methods.METHODS[method].masked_lm
+
+
+def contrast(direction: str) -> InBatchContrast:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = CoDIRSettings(direction=direction, dimension=3, tau=0.5)
+        return InBatchContrast(settings, CONTEXT).double()
+
+
+def pooled(depth: int, width: int, seed: int) -> Outputs:
+    states = torch.randn(
+        depth, 4, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    given = {("mean", layer + 1): states[layer].requires_grad_() for layer in range(depth)}
+    return Outputs(torch.empty(0), pooled_states=given)
+
+
+@pytest.mark.parametrize("direction", ["student_anchor", "teacher_anchor", "symmetric"])
+def test_in_batch_contrast_is_infonce_over_the_other_rows(direction: str) -> None:
+    term, student_out, teacher_out = contrast(direction), pooled(2, 16, 1), pooled(4, 24, 2)
+    batch: Any = None
+    found = term(student_out, teacher_out, batch)
+
+    def vectors(outputs: Outputs, projection: Any) -> list[list[float]]:
+        rows = []
+        for row in torch.cat(list(outputs.pooled_states.values()), dim=1):
+            z = (projection.weight @ row + projection.bias).tolist()
+            norm = math.sqrt(sum(x * x for x in z))
+            rows.append([x / norm for x in z])
+        return rows
+
+    s, t = vectors(student_out, term.student_projection), vectors(teacher_out, term.teacher_projection)
+
+    def naive(anchors: list[list[float]], others: list[list[float]]) -> float:
+        total = 0.0
+        for b, anchor in enumerate(anchors):
+            scores = [sum(x * y for x, y in zip(anchor, other, strict=True)) / 0.5 for other in others]
+            total -= math.log(math.exp(scores[b]) / sum(math.exp(score) for score in scores))
+        return total / len(anchors)
+
+    ways = {"student_anchor": [(s, t)], "teacher_anchor": [(t, s)], "symmetric": [(s, t), (t, s)]}
+    want = sum(naive(*way) for way in ways[direction]) / len(ways[direction])
+    assert found.item() == pytest.approx(want, rel=1e-12)
+    found.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in term.parameters())
+
+
+def test_in_batch_negatives_get_no_gradient() -> None:
+    """Only the positive pulls the other side: else a model could win by pushing its negatives away."""
+    term = contrast("student_anchor")
+    s, t = pooled(2, 16, 1), pooled(4, 24, 2)
+    unit = torch.nn.functional.normalize
+    joined = [torch.cat(list(o.pooled_states.values()), dim=1) for o in (s, t)]
+    z_s, z_t = unit(term.student_projection(joined[0])), unit(term.teacher_projection(joined[1]))
+    negatives = torch.stack([z_t[[j for j in range(4) if j != b]] for b in range(4)])
+    want = info_nce(z_s, z_t, negatives, temperature=0.5).mean()
+    found = term(s, t, None)
+    assert torch.allclose(found, want)
+    for state in t.pooled_states.values():
+        grads = [torch.autograd.grad(loss, state, retain_graph=True)[0] for loss in (found, want)]
+        assert torch.allclose(*grads, atol=1e-12)

@@ -197,7 +197,7 @@ def pretrain(settings: LRCBertSettings, context: Context) -> Plan:
             "Pre-training has no labels, and its negatives are the other sequences of the batch: set "
             "method.label_aware=false, method.negatives=in_batch, and method.alpha above 0."
         )
-    return build(settings.model_copy(update={"switch": 1.0}), context)
+    return build(settings.model_copy(update={"switch": 1.0, "beta": 0.0, "gamma": 0.0}), context)
 
 
 METHOD = Method(
