@@ -1,10 +1,10 @@
 """The script that measures starts: a tiny trial from end to end, and its table."""
 
+import importlib
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,33 +13,39 @@ import pytest
 
 from tiny import make_rows, make_task, make_teacher, save_encoder
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "starts.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.slow
-def test_starts_are_compared(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
+    """Call the script, in this process, on toy rows that stand for SST-2, and return what it prints."""
     data = tmp_path / "glue" / "sst2"
     data.mkdir(parents=True)
     for split, count, seed in (("train", 200, 0), ("validation", 40, 1)):
         rows = make_rows(make_task(), count, seed=seed)
         table = pa.table({"sentence": rows.texts[0], "label": rows.labels, "idx": np.arange(count)})
         pq.write_table(table, data / f"{split}.parquet")
-    work = tmp_path / "work"
-    teacher = make_teacher()
-    (work / "sst2").mkdir(parents=True)
-    teacher.save(work / "sst2" / "teacher")
-    (work / "sst2" / "teacher" / "metrics.json").write_text("{}")
+    work = tmp_path / "work" / "sst2"
+    work.mkdir(parents=True)
+    make_teacher().save(work / "teacher")
+    (work / "teacher" / "metrics.json").write_text("{}")
     start = save_encoder(tmp_path / "start", width=16, seed=5)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("starts")
+    places = ["--work", str(work.parent), "--data-dir", str(tmp_path), "--tasks", "sst2", "--tiny"]
+    fixed = ["--student", "2x16x2x32", "--workers", "1", "--pretrained", f"checkpoint={start}"]
 
-    def run(*more: str) -> str:
-        command = [sys.executable, str(SCRIPT), "--work", str(work), "--data-dir", str(tmp_path), "--tiny"]
-        command += ["--tasks", "sst2", "--student", "2x16x2x32", "--workers", "1"]
-        command += ["--pretrained", f"checkpoint={start}", *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def call(*more: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["starts.py", *places, *fixed, *more])
+        script.main()
+        return str(capsys.readouterr().out)
 
+    return call
+
+
+@pytest.mark.slow
+def test_starts_are_compared(run: Callable[..., str], tmp_path: Path) -> None:
     printed = run()
     for name in ("kd from random", "kd from pca", "kd from checkpoint"):
         assert f"| {name} | " in printed

@@ -20,6 +20,7 @@ COMMANDS = (
     "bench",
     "predict",
     "serve",
+    "pretrain",
     "generator",
     "augment",
     "report",

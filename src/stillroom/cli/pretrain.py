@@ -17,7 +17,6 @@ EXAMPLES = frame.examples(
     "stillroom pretrain --teacher bert-base-uncased --text a.txt --text b.parquet --method distilbert "
     "--set training.max_steps=10000 -o runs/pretrained",
     "stillroom pretrain --resume runs/pretrained",
-    "stillroom distill --teacher runs/teacher --dataset glue/mrpc --init runs/pretrained -o runs/mrpc",
 )
 WHAT = "What to distil"
 
