@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from click import Context
@@ -33,8 +33,10 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from keys(info.annotation, f"{prefix}{name}.")
+        inner = [one for one in (info.annotation, *get_args(info.annotation)) if isinstance(one, type)]
+        section = next((one for one in inner if issubclass(one, BaseModel)), None)
+        if section is not None:
+            yield from keys(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", "required" if info.is_required() else repr(info.default)
 

@@ -30,23 +30,25 @@ INPUTS = "inputs.json"
 
 def inputs_of(
     dataset: Dataset,
-    teacher: Encoder,
+    teacher: Encoder | None,
     student: Encoder | None,
     tokens: Tokens,
     generator: Generator | None = None,
 ) -> dict[str, str]:
     """Return the SHA-256 of everything the student is made from, by name.
 
-    The teacher's weights, the student's and the generator's at the start, and of each split tokens
-    and labels.
+    The teacher's weights, the student's and the generator's at the start, and of each split tokens,
+    labels and soft labels.
     """
-    found = {"teacher": weights_hash(teacher.model)}
+    found = {} if teacher is None else {"teacher": weights_hash(teacher.model)}
     if student is not None:
         found["student at the start"] = weights_hash(student.model)
     if generator is not None:
         found["generator at the start"] = weights_hash(generator.model)
     for name, rows in dataset.splits.items():
         digest = hashlib.sha256(rows.labels.tobytes())
+        if rows.soft_labels is not None:
+            digest.update(rows.soft_labels.tobytes())
         for kept in (tokens.student[name], tokens.teacher[name]):
             digest.update(kept.lengths.tobytes())
             digest.update(kept.ids.tobytes())

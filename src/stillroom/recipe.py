@@ -47,6 +47,8 @@ class DatasetSettings(Settings):
     """Rows are cut to this many tokens."""
     train_rows: Annotated[int, Field(ge=2)] | None = None
     """Use only this many training rows, drawn with a fixed seed (0). Default: all."""
+    soft_labels: Annotated[str, Field(min_length=1)] | None = None
+    """Column of probabilities in place of the teacher's logits, or how the names of several begin."""
     augmented: Path | None = None
     """File of augmented rows, from `stillroom augment`, to train on beside the training rows."""
     augmented_labels: Literal["teacher", "source"] = "teacher"
@@ -201,8 +203,8 @@ class _RecipeFile(_File):
 class Recipe(_RecipeFile):
     """All of a run. Saved as `recipe.yaml`; running that again gives the same student."""
 
-    teacher: TeacherSettings
-    """The model that is distilled; `teacher: DIR` is short for its name."""
+    teacher: TeacherSettings | None = None
+    """The model that is distilled; `teacher: DIR` is short for its name. Not needed with soft labels."""
     student: str = "4x312"
     """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
     init: Annotated[str, Field(min_length=1)] = "auto"
@@ -212,6 +214,14 @@ class Recipe(_RecipeFile):
     """The distillation method and its options."""
     control: bool = False
     """Train the same student without a teacher as well, to show what distillation added."""
+
+    @model_validator(mode="after")
+    def _something_teaches(self) -> Self:
+        if self.teacher is None and self.dataset.soft_labels is None:
+            raise ValueError(
+                "Missing key teacher: give --teacher, or soft labels of the rows with dataset.soft_labels"
+            )
+        return self
 
 
 class VariantSettings(Settings):

@@ -63,6 +63,15 @@ def parse_layers(text: str) -> tuple[int, ...] | None:
     return None if match is None else tuple(int(part) for part in match[1].split(","))
 
 
+def require_checkpoint(text: str) -> None:
+    """Raise `WrongInput` if a student's description is a size or layers, which need a teacher."""
+    if parse_layers(text) is not None or parse_size(text) is not None:
+        raise WrongInput(
+            f"The student {text} takes architecture and tokenizer from a teacher, and there is none: give "
+            "--teacher, or a checkpoint as the student, such as minilm-l6."
+        )
+
+
 def build(
     text: str,
     teacher: Encoder,

@@ -173,29 +173,31 @@ def _show(found: dict[str, Any], folder: Path) -> None:
     from stillroom.recipe import Recipe
 
     metric = found["metric"]
-    goal = found["teacher"]["metrics"][metric]
+    taught = found.get("soft_labels") or found.get("teacher")
+    goal = taught["metrics"][metric] if taught else None
     columns = {
         "": "left",
-        **dict.fromkeys(found["teacher"]["metrics"], "right"),
+        **dict.fromkeys(found["student"]["metrics"], "right"),
         f"{metric} kept": "right",
         **frame.COST_COLUMNS,
     }
     table = frame.table(columns)
-    for name in ("teacher", "control", "student"):
+    for name in ("soft_labels", "teacher", "control", "student"):
         if name in found:
             model = found[name]
             kept = f"{model['metrics'][metric] / goal:.1%}" if goal else "-"
             table.add_row(
-                name,
+                name.replace("_", " "),
                 *(f"{value:.4f}" for value in model["metrics"].values()),
                 kept,
-                *frame.cost_cells(model),
+                *(frame.cost_cells(model) if "bytes" in model else ("", "", "")),
             )
-    models = shlex.join([Recipe.load(folder / "recipe.yaml").teacher.name, str(folder)])
+    teacher = Recipe.load(folder / "recipe.yaml").teacher
+    models = shlex.join([*([teacher.name] if teacher else []), str(folder)])
     frame.show(
         table,
         f"Student: {folder / 'student'}",
         f"Numbers: {folder / 'metrics.json'}",
-        f"Report: {folder / 'report.html'}",
+        *([f"Report: {folder / 'report.html'}"] if teacher else []),
         f"Next: stillroom evaluate {models} {frame.data_options(folder)}",
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stillroom.data import soft_labels
 from stillroom.data.tables import Table
 from stillroom.data.tasks import Kind, Rows, Task
 from stillroom.errors import WrongInput
@@ -40,6 +41,9 @@ _METRICS: dict[Kind, tuple[str, ...]] = {
     "multi-label": ("f1", "accuracy"),
 }
 
+_NO_CLASS = "-1"
+"""How sets on the hub mark a row without label."""
+
 _LARGEST = float(np.finfo(np.float32).max)
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
 
@@ -54,10 +58,14 @@ def task_of(table: Table, settings: DatasetSettings) -> tuple[Task, bool]:
         WrongInput: If columns or labels are missing, or are not what the settings say.
     """
     text = text_columns(table, settings.text)
-    label = _label_column(table, settings.label, text)
-    values = _labels(table, label, settings.kind == "multi-label")
-    kind = _kind(values) if settings.kind == "auto" else settings.kind
-    names = settings.labels or ()
+    label = _label_column(table, settings.label, text, optional=settings.soft_labels is not None)
+    multi = settings.kind == "multi-label"
+    values = _labels(table, label, multi, optional=settings.soft_labels is not None)
+    named = () if settings.soft_labels is None else soft_labels.labels_of(table, settings.soft_labels)
+    kind = settings.kind
+    if kind == "auto":
+        kind = "classification" if named and all(value is None for value in values) else _kind(values)
+    names = settings.labels or (named if kind != "regression" else ())
     if kind == "regression":
         if names:
             raise WrongInput("Regression has no label names: remove dataset.labels or dataset.kind.")
@@ -107,9 +115,10 @@ def text_columns(
     )
 
 
-def _label_column(table: Table, given: str | None, text: tuple[str, ...]) -> str:
+def _label_column(table: Table, given: str | None, text: tuple[str, ...], *, optional: bool = False) -> str:
     if given is not None:
-        _require_column(table, given, "dataset.label")
+        if not optional:
+            _require_column(table, given, "dataset.label")
         if given in text:
             raise WrongInput(f"{table.source}: the column {given!r} cannot be both text and label.")
         return given
@@ -117,6 +126,8 @@ def _label_column(table: Table, given: str | None, text: tuple[str, ...]) -> str
     for name in LABELS:
         if name in by_name:
             return by_name[name]
+    if optional:
+        return LABELS[0]
     raise WrongInput(
         f"{table.source} has no label column of a usual name: its columns are "
         f"{', '.join(table.columns)}. Name it, such as --set dataset.label={list(table.columns)[-1]}."
@@ -131,12 +142,16 @@ def _require_column(table: Table, column: str, key: str = "") -> None:
         )
 
 
-def _labels(table: Table, column: str, multi: bool) -> list[Any]:
-    """Return the label column; a value that is missing is an error."""
+def _labels(table: Table, column: str, multi: bool, *, optional: bool = False) -> list[Any]:
+    """Return the label column; a value that is missing is an error, or None where labels are optional."""
+    if optional and column not in table.columns:
+        return [None] * table.rows
     values = list(table.columns[column])
     for row, value in enumerate(values):
         blank = isinstance(value, str) and value.strip().lower() in ("", "nan")
-        if value is None or value != value or (blank and not multi):
+        if optional and (value is None or value != value or blank or str(value) == _NO_CLASS):
+            values[row] = None
+        elif value is None or value != value or (blank and not multi):
             raise WrongInput(
                 f"{table.at(row)}: the label ({column!r}) is missing. Fill it in or remove the row."
             )
@@ -146,7 +161,7 @@ def _labels(table: Table, column: str, multi: bool) -> list[Any]:
 def _kind(values: Sequence[Any]) -> Kind:
     if any(isinstance(value, list) for value in values):
         return "multi-label"
-    numbers = [_number(value) for value in values]
+    numbers = [_number(value) for value in values if value is not None]
     scores = all(n is not None for n in numbers) and any(n is not None and n % 1 for n in numbers)
     return "regression" if scores else "classification"
 
@@ -155,6 +170,8 @@ def _names(table: Table, column: str, values: Sequence[Any], kind: Kind) -> tupl
     """Return the sorted names of the classes that occur; numbers sort as numbers."""
     found: set[str] = set()
     for row, value in enumerate(values):
+        if value is None:
+            continue
         for part in _parts(value) if kind == "multi-label" else (value,):
             name = _class(table, row, part)
             number = _number(name)
@@ -176,25 +193,46 @@ def _names(table: Table, column: str, values: Sequence[Any], kind: Kind) -> tupl
     return tuple(sorted(found))
 
 
-def rows_of(table: Table, task: Task, numbered: bool) -> Rows:
+def rows_of(
+    table: Table, task: Task, numbered: bool, *, soft: str | None = None, optional: bool = False
+) -> Rows:
     """Return the table's rows as the task reads them.
 
     Args:
         table: A file's columns.
         task: Names the columns and the meaning of the labels.
         numbered: Whether labels may be given as positions in `task.labels`.
+        soft: Name of the soft labels, which are read where the table has them.
+        optional: Whether rows may lack a label; their soft labels then say what it is.
     """
-    for column in (*task.text, task.label):
+    for column in (*task.text, *(() if optional else (task.label,))):
         _require_column(table, column)
     texts = tuple(texts_of(table, column) for column in task.text)
-    values = _labels(table, task.label, task.kind == "multi-label")
+    values = _labels(table, task.label, task.kind == "multi-label", optional=optional)
+    if soft is None or not (optional or soft_labels.has(table, soft, task.labels)):
+        return Rows(table.source, texts, _numbers_of(table, values, task, numbered))
+    soft_NC = soft_labels.read(table, task, soft)
+    unlabelled = np.array([value is None for value in values])
+    labels = _numbers_of(table, values, task, numbered)
+    likeliest = soft_labels.labels_from(soft_NC, task.kind)
+    labels[unlabelled] = likeliest[unlabelled].astype(labels.dtype)
+    return Rows(table.source, texts, labels, soft_NC, unlabelled)
+
+
+def _numbers_of(table: Table, values: Sequence[Any], task: Task, numbered: bool) -> np.ndarray:
+    """Return labels as `Rows` has them; any number where a value is None."""
     if task.kind == "regression":
-        return Rows(table.source, texts, _scores(table, values))
+        return _scores(table, values)
     if task.kind == "classification":
-        found = [_index(table, row, value, task.labels, numbered) for row, value in enumerate(values)]
-        return Rows(table.source, texts, np.array(found, dtype=np.int64))
+        found = [
+            0 if value is None else _index(table, row, value, task.labels, numbered)
+            for row, value in enumerate(values)
+        ]
+        return np.array(found, dtype=np.int64)
     flags = np.zeros((table.rows, len(task.labels)), dtype=np.float32)
     for row, value in enumerate(values):
+        if value is None:
+            continue
         for part in _parts(value):
             index = _index(table, row, part, task.labels, numbered)
             if flags[row, index]:
@@ -203,7 +241,7 @@ def rows_of(table: Table, task: Task, numbered: bool) -> Rows:
                     "names of its labels, not a 0 or 1 for each."
                 )
             flags[row, index] = 1
-    return Rows(table.source, texts, flags)
+    return flags
 
 
 def texts_of(table: Table, column: str, *, option: str = "dataset.text") -> list[str]:
@@ -225,8 +263,10 @@ def texts_of(table: Table, column: str, *, option: str = "dataset.text") -> list
 
 
 def _scores(table: Table, values: Sequence[Any]) -> np.ndarray:
-    scores = np.empty(len(values), dtype=np.float32)
+    scores = np.zeros(len(values), dtype=np.float32)
     for row, value in enumerate(values):
+        if value is None:
+            continue
         number = _number(value)
         if number is None or not abs(number) <= _LARGEST:
             raise WrongInput(

@@ -81,6 +81,10 @@ def load(settings: DatasetSettings, splits: Sequence[str] = ("train", "validatio
     if "train" not in dataset.splits:
         return dataset
     every = dataset.splits["train"]
+    if settings.soft_labels is not None and settings.augmented is not None:
+        raise WrongInput(
+            "Augmented rows have no soft labels in a file: remove dataset.augmented or dataset.soft_labels."
+        )
     drawn = drawn_rows(len(every), settings.train_rows)
     train = every if drawn is None else _draw(every, drawn)
     if settings.augmented is None:
@@ -128,7 +132,7 @@ def _draw(rows: Rows, index: np.ndarray) -> Rows:
 def _require_no_reading(settings: DatasetSettings) -> None:
     """GLUE and the built-in sets say themselves how they are read."""
     kind = _named(settings.name).kind
-    for key in ("validation", "text", "label", "labels"):
+    for key in ("validation", "text", "label", "labels", "soft_labels"):
         if getattr(settings, key) is not None:
             raise WrongInput(f"{settings.name} has its own columns and labels: remove dataset.{key}.")
     if settings.kind not in ("auto", kind):
@@ -218,7 +222,12 @@ def _folder(folder: Path, settings: DatasetSettings, splits: Sequence[str]) -> D
     train = None if "train" in found else _find(folder, "train")
     naming = tables.read(train) if train else found.get("train", found[splits[0]])
     task, numbered = task_of(naming, settings)
-    return Dataset(task, {split: rows_of(table, task, numbered) for split, table in found.items()})
+    soft = settings.soft_labels
+    rows = {
+        split: rows_of(table, task, numbered, soft=soft, optional=soft is not None and split == "train")
+        for split, table in found.items()
+    }
+    return Dataset(task, rows)
 
 
 def _find(folder: Path, split: str) -> Path | None:
@@ -247,7 +256,8 @@ def _file(path: Path, settings: DatasetSettings, splits: Sequence[str]) -> Datas
             )
     table = tables.read(path)
     task, numbered = task_of(table, settings)
-    every = rows_of(table, task, numbered)
+    soft = settings.soft_labels
+    every = rows_of(table, task, numbered, soft=soft, optional=soft is not None)
     found = {"train": every, "all": every}
     if "all" in splits and len(splits) == 1:
         return Dataset(task, {"all": every})
@@ -255,17 +265,19 @@ def _file(path: Path, settings: DatasetSettings, splits: Sequence[str]) -> Datas
         found |= _hold_out(every)
     elif "validation" in splits:
         other = tables.read(settings.validation.expanduser())
-        found["validation"] = rows_of(other, task, numbered)
+        found["validation"] = rows_of(other, task, numbered, soft=soft)
     return Dataset(task, {split: found[split] for split in splits})
 
 
 def _hold_out(rows: Rows) -> dict[str, Rows]:
-    """Return every tenth row as validation and the others as train."""
-    held = np.arange(len(rows)) % 10 == 9
+    """Return every tenth row (that has a label) as validation and the others as train."""
+    labelled = np.arange(len(rows)) if rows.unlabelled is None else np.flatnonzero(~rows.unlabelled)
+    held = np.zeros(len(rows), dtype=bool)
+    held[labelled[9::10]] = True
     if not held.any():
         raise WrongInput(
-            f"{rows.source} has {len(rows)} rows, too few to hold out every tenth as validation. Give "
-            "a validation file with dataset.validation."
+            f"{rows.source} has {len(labelled)} rows with a label, too few to hold out every tenth "
+            "as validation. Give a validation file with dataset.validation."
         )
     return {
         "train": replace(

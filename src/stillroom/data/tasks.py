@@ -43,6 +43,10 @@ class Rows:
     source: str
     texts: tuple[list[str], ...]
     labels: np.ndarray
+    soft_labels: np.ndarray | None = None
+    """Of a file: probabilities of the labels, or scores, float32 `(N, C)`."""
+    unlabelled: np.ndarray | None = None
+    """Which rows have no label, so that `labels` says what their soft labels do, bool `(N,)`."""
 
     def __len__(self) -> int:
         return len(self.texts[0])
@@ -50,7 +54,10 @@ class Rows:
     def take(self, index: np.ndarray) -> "Rows":
         """Return the rows at `index`, in that order."""
         texts = tuple([column[i] for i in index] for column in self.texts)
-        return Rows(self.source, texts, self.labels[index])
+        soft, unlabelled = (
+            None if kept is None else kept[index] for kept in (self.soft_labels, self.unlabelled)
+        )
+        return Rows(self.source, texts, self.labels[index], soft, unlabelled)
 
     def text_keys(self) -> list[int]:
         """Return a number for each row, equal where the texts are, but for white space and case.

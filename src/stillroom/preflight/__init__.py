@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from stillroom.preflight import data, folder, models, teacher
+from stillroom.preflight import data, folder, models, soft_labels, teacher
 from stillroom.preflight.base import Check, Report, Run
 from stillroom.preflight.folder import require_one_process
 from stillroom.preflight.models import require_same_head
@@ -32,6 +32,7 @@ _REST: tuple[Check, ...] = (
     data.blank_texts,
     data.repeated_rows,
     data.augmented_rows,
+    soft_labels.soft_labels,
     data.truncation,
     folder.trackers,
     folder.disk,

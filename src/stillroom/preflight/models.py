@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from stillroom.data.batching import Inputs, make_batch, pad
+from stillroom.data.soft_labels import logits_of
 from stillroom.data.tasks import Kind, Task
 from stillroom.data.tokens import TokenisedRows, fingerprint
 from stillroom.encoder import Encoder, Needs, Outputs
@@ -16,6 +17,8 @@ from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.generator import REMEDY
 from stillroom.preflight.base import SPLITS, Report, Run, listed, shortened
+from stillroom.teacher import Teacher
+from stillroom.teacher.given import GivenTeacher
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller
@@ -306,10 +309,13 @@ def trial(run: Run, report: Report) -> None:
         augmenter = teacher = None
         if run.teacher is not None:
             teacher = LiveTeacher(run.teacher, device=device, bf16=run.bf16)
+        taught: Teacher | None = teacher
+        if rows.soft_labels is not None:
+            taught = GivenTeacher(logits_of(rows.soft_labels, run.dataset.task.kind), teacher)
         if run.generator is not None and teacher is not None:
             augmenter = Augmenter(plan, run.generator, teacher, distiller, seed=0, bf16=run.bf16)
         for number, stage in enumerate(run.plan.stages, start=1):
-            outputs = teacher(batch, plan.teacher_needs(stage)) if teacher else Outputs(torch.empty(0))
+            outputs = taught(batch, plan.teacher_needs(stage)) if taught else Outputs(torch.empty(0))
             augmented = augmenter and augmenter.augment(batch, augmenter.draw(made, 0), stage)
             found = distiller(batch, outputs, stage, augmented).terms
             if augmenter is not None:

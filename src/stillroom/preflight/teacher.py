@@ -80,19 +80,19 @@ def _check_labels(
     if task.kind == "classification":
         predicted, true = (column[:, None] == np.arange(task.outputs) for column in (predicted, true))
     predicted, true = predicted.astype(np.int64), true.astype(np.int64)
-    share, chance, p = _agreement(predicted, true)
+    share, chance, p = agreement(predicted, true)
     guess = f"{share:.0%} of its predictions are right, {chance:.0%} would be by chance"
     order = better_order(predicted, true)
     if order is not None:
         names = tuple(task.labels[i] for i in order)
-        other = _agreement(predicted, true[:, order])[0]
+        other = agreement(predicted, true[:, order])[0]
         complain(
             "The teacher's labels stand in another order than the data's: of its predictions "
             f"{share:.0%} are right as given, {listed(task.labels)}, and {other:.0%} if its labels are "
             f"read as {listed(names)} ({scored}). To go on, {reorder(names)}, or give a teacher that "
             "has the data's order."
         )
-    elif _agreement(true, true)[2] >= SIGNIFICANCE:
+    elif agreement(true, true)[2] >= SIGNIFICANCE:
         report.warn(f"{_TOO_FEW} ({scored}).")
     elif p >= SIGNIFICANCE:
         complain(f"{_UNSOLVED} It has {scored}; {guess}. {_REMEDY}")
@@ -100,7 +100,7 @@ def _check_labels(
         report.warn(f"The teacher is little better than chance: {scored}; {guess}.")
 
 
-def _agreement(predicted_NC: np.ndarray, true_NC: np.ndarray) -> tuple[float, float, float]:
+def agreement(predicted_NC: np.ndarray, true_NC: np.ndarray) -> tuple[float, float, float]:
     """Return the share of right predictions, the share expected by chance, and its p-value.
 
     By chance means: as many predictions of each label, on rows that are drawn blindly. So
@@ -140,7 +140,7 @@ def better_order(predicted_NC: np.ndarray, true_NC: np.ndarray) -> list[int] | N
     if gained <= lost:
         return None
     p = stats.binomtest(gained, gained + lost, 0.5, "greater").pvalue * math.factorial(classes)
-    if p >= SIGNIFICANCE or _agreement(predicted_NC, true_NC[:, order])[2] >= SIGNIFICANCE:
+    if p >= SIGNIFICANCE or agreement(predicted_NC, true_NC[:, order])[2] >= SIGNIFICANCE:
         return None
     return [int(i) for i in order]
 

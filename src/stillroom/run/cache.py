@@ -30,6 +30,8 @@ def build(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(stderr=True)
     preflight.require_one_process()
     recipe = methods.resolve(recipe)
+    if recipe.teacher is None:
+        raise WrongInput("Expected a teacher to record, found soft labels alone. Give --teacher.")
     if recipe.teacher.cache == "off":
         raise WrongInput("Expected a cache to build, found teacher.cache=off. Set it to auto or a folder.")
     parts = Parts.of(recipe, Common.load(recipe, console), console)

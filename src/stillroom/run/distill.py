@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from stillroom import durable, encoder, methods, preflight
+from stillroom.data.soft_labels import logits_of
 from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
 from stillroom.evaluation import cost, predictions, robustness
@@ -64,7 +65,7 @@ def distill(
             for place in (folder, folder / CONTROL):
                 durable.remove_leftovers(place)
         if not resume:
-            teacher = Path(recipe.teacher.name).absolute()
+            teacher = Path("" if recipe.teacher is None else recipe.teacher.name).absolute()
             durable.require_empty(
                 folder,
                 "Give another folder, or go on with --resume.",
@@ -85,7 +86,8 @@ def distill(
             control = other.student
         metrics = _measure(recipe, parts, trained, control, folder, console)
         durable.write_json(folder / METRICS, metrics)
-        page.write(folder)
+        if recipe.teacher is not None:
+            page.write(folder)
         return metrics
 
 
@@ -114,10 +116,10 @@ def _measure(
     """
     student_tokens = parts.tokens.student["validation"]
     teacher_tokens = parts.tokens.teacher["validation"]
-    models = {
-        "teacher": (parts.teacher, teacher_tokens, encoder.locate(recipe.teacher.name)),
-        "student": (parts.student, student_tokens, str(folder / STUDENT)),
-    }
+    models = {}
+    if recipe.teacher is not None:
+        models["teacher"] = (parts.teacher, teacher_tokens, encoder.locate(recipe.teacher.name))
+    models["student"] = (parts.student, student_tokens, str(folder / STUDENT))
     if control is not None:
         models["control"] = (control, student_tokens, str(folder / CONTROL / STUDENT))
     timed = cost.milliseconds([(model, tokens) for model, tokens, _ in models.values()], bf16=False)
@@ -128,8 +130,13 @@ def _measure(
         logits[name] = predict(model, tokens, bf16=parts.bf16)
         metrics[name] = {"metrics": score(task, logits[name], rows.labels), **cost.of(model, place, ms)}
     predictions.save(folder / PREDICTIONS, Predictions(task, rows, logits))
+    if rows.soft_labels is not None:
+        given = logits_of(rows.soft_labels, task.kind)
+        metrics["soft_labels"] = {"metrics": score(task, given, rows.labels)}
     first = task.metrics[0]
-    goal = metrics["teacher"]["metrics"][first]
+    # What taught the logits is what the student is measured by.
+    taught = metrics.get("soft_labels") or metrics.get("teacher")
+    goal = taught["metrics"][first] if taught else None
     metrics["retained"] = metrics["student"]["metrics"][first] / goal if goal else None
     metrics["metric"] = first
     metrics["selected_step"] = trained.best_step or trained.steps

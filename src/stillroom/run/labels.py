@@ -43,6 +43,8 @@ def label_augmented(
     first = len(train) - count
     rows = replace(tokens, offsets=tokens.offsets[first:], lengths=tokens.lengths[first:])
     live = LiveTeacher(teacher, device=Accelerator().device, bf16=bf16)
+    if recipe.teacher is None:
+        raise ValueError("a recipe without a teacher labels no rows")
     needs, length = Needs(logits=True), recipe.dataset.max_length
     ask = choose(recipe.teacher, live, rows, needs, max_length=length, repeated=True, console=console)
     logits_NC = np.empty((count, dataset.task.outputs), dtype=np.float32)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from stillroom import encoder, generator, methods, preflight, provenance, student
 from stillroom.data import sources
+from stillroom.data.soft_labels import logits_of
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import TokenisedRows, Tokens, fingerprint, tokenise
 from stillroom.encoder import Encoder
@@ -25,6 +26,7 @@ from stillroom.recipe import MethodSettings, Recipe
 from stillroom.run.labels import label_augmented
 from stillroom.teacher import Teacher
 from stillroom.teacher.choose import choose
+from stillroom.teacher.given import GivenTeacher
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.loop import Job, Trained, train, use_bf16
 
@@ -36,8 +38,11 @@ class Common:
     dataset: Dataset
     max_length: int
     teacher: Encoder
+    """The model that teaches; without one the student's checkpoint, which says what it looks like."""
     teacher_tokens: dict[str, TokenisedRows]
     bf16: bool
+    teaches: bool = True
+    """Whether there is a teacher."""
     _tokens: dict[tuple[str, int], dict[str, TokenisedRows]] = field(default_factory=dict)
     _labelled: list[Dataset] = field(default_factory=list)
 
@@ -45,11 +50,17 @@ class Common:
     def load(cls, recipe: Recipe, console: Console) -> Self:
         """Return data and teacher of a recipe, or raise `WrongInput` where they do not fit."""
         dataset = sources.load(recipe.dataset)
-        teacher = encoder.load(recipe.teacher.name)
-        preflight.require_same_head(dataset.task, teacher)
+        if recipe.teacher is None:
+            student.require_checkpoint(recipe.student)
+            teacher = encoder.load(recipe.student, dataset.task, fresh_head=True)
+        else:
+            teacher = encoder.load(recipe.teacher.name)
+            preflight.require_same_head(dataset.task, teacher)
         most = recipe.dataset.max_length
         tokens = tokens_of(dataset, teacher, most, console)
-        made = cls(dataset, most, teacher, tokens, use_bf16(recipe.training.precision))
+        made = cls(
+            dataset, most, teacher, tokens, use_bf16(recipe.training.precision), recipe.teacher is not None
+        )
         made._tokens[made._key(teacher)] = tokens
         return made
 
@@ -91,6 +102,8 @@ class Parts:
     tokens: Tokens
     bf16: bool
     generator: Generator | None = None
+    teaches: bool = True
+    """As of `Common`."""
 
     @classmethod
     def of(cls, recipe: Recipe, common: Common, console: Console) -> Self:
@@ -101,7 +114,7 @@ class Parts:
         plan = methods.build(recipe.method, context_of(dataset, made, teacher))
         tokens = common.tokens(made, console)
         writer = None if plan.augmentation is None else generator.load(plan.augmentation.generator)
-        return cls(dataset, teacher, made, plan, tokens, common.bf16, writer)
+        return cls(dataset, teacher, made, plan, tokens, common.bf16, writer, common.teaches)
 
     def labelled(self, recipe: Recipe, common: Common, console: Console) -> "Parts":
         """Return the run with the labels of augmented rows, made once the checks have passed."""
@@ -115,7 +128,7 @@ class Parts:
             recipe.dataset.max_length,
             recipe.training,
             self.student,
-            self.teacher,
+            self.teacher if self.teaches else None,
             self.plan,
             self.tokens,
             folder,
@@ -135,7 +148,7 @@ class Parts:
             console: Where progress goes.
             repeated: Whether other runs read the teacher on the same rows.
         """
-        live = self.live_teacher()
+        live = self.live_teacher() if self.teaches else None
         teacher = self.chosen_teacher(recipe, live, console, repeated=repeated)
         name = f"{recipe.method.name} ({folder.name})"
         evaluate = evaluator(self.dataset, self.tokens.student["validation"], self.bf16)
@@ -163,18 +176,30 @@ class Parts:
         return LiveTeacher(self.teacher, device=Accelerator().device, bf16=self.bf16)
 
     def chosen_teacher(
-        self, recipe: Recipe, live: LiveTeacher, console: Console, *, repeated: bool
+        self, recipe: Recipe, live: LiveTeacher | None, console: Console, *, repeated: bool
     ) -> Teacher:
-        """Return the teacher that the recipe asks for on the training rows, recorded where it is to be."""
-        return choose(
-            recipe.teacher,
-            live,
-            self.tokens.teacher["train"],
-            self.plan.all_teacher_needs(),
-            max_length=recipe.dataset.max_length,
-            repeated=_repeated(recipe, repeated),
-            console=console,
-        )
+        """Return the teacher that the recipe asks for on the training rows, recorded where it is to be.
+
+        Soft labels of a file stand in for its logits.
+        """
+        needs, soft_NC = self.plan.all_teacher_needs(), self.dataset.splits["train"].soft_labels
+        if soft_NC is not None:
+            needs = replace(needs, logits=False)
+        model = None
+        if live is not None and recipe.teacher is not None:
+            model = choose(
+                recipe.teacher,
+                live,
+                self.tokens.teacher["train"],
+                needs,
+                max_length=recipe.dataset.max_length,
+                repeated=_repeated(recipe, repeated),
+                console=console,
+            )
+        if soft_NC is not None:
+            return GivenTeacher(logits_of(soft_NC, self.dataset.task.kind), model)
+        assert model is not None
+        return model
 
     def start(self, recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> Recipe:
         """Write down what the run starts from, or with `resume` check that it still is that.
@@ -185,7 +210,8 @@ class Parts:
         """
         # A folded start follows from teacher and rows, but its last bits from the machine as well.
         made = None if recipe.init == "pca" else self.student
-        inputs = provenance.inputs_of(self.dataset, self.teacher, made, self.tokens, self.generator)
+        teacher = self.teacher if self.teaches else None
+        inputs = provenance.inputs_of(self.dataset, teacher, made, self.tokens, self.generator)
         machine = environment(bf16=self.bf16)
         if resume:
             provenance.require_same(folder, inputs, machine, console)
