@@ -22,7 +22,7 @@ from stillroom.cli import app
 from stillroom.cli.compare import read
 from stillroom.evaluation import predictions
 from stillroom.run.compare import _changes, resolve
-from stillroom.run.compare import _study as handing_out
+from stillroom.run.handout import open_study
 
 TIMES = {"seconds", "examples_per_second", "ms_per_example", "environment"}
 VARIANT = "lrc-bert:perturbation=off"
@@ -252,13 +252,13 @@ def test_short_forms_stand_for_long_ones() -> None:
 @pytest.mark.slow
 def test_no_run_is_handed_out_twice(tmp_path: Path) -> None:
     """SQLite has no row locks: workers that look at the same moment would get the same run."""
-    study = handing_out(tmp_path, None)
+    study = open_study(tmp_path, None)
     for number in range(30):
         study.enqueue_trial({}, user_attrs={"run": str(number)})
     start, taken = threading.Barrier(4, timeout=30), []
 
     def work() -> None:
-        mine = handing_out(tmp_path, None)
+        mine = open_study(tmp_path, None)
 
         def take(trial: optuna.Trial) -> float:
             taken.append(trial.user_attrs["run"])

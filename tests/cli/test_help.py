@@ -15,6 +15,7 @@ COMMANDS = (
     "finetune",
     "distill",
     "compare",
+    "sweep",
     "evaluate",
     "export",
     "bench",

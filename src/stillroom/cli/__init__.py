@@ -22,6 +22,7 @@ from stillroom.cli import (
     pretrain,
     report,
     serve,
+    sweep,
 )
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.command(epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command(epilog=distill.EXAMPLES)(distill.distill)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=bench.EXAMPLES)(bench.bench)

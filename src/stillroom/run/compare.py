@@ -4,38 +4,26 @@ The folder says what is done: a run is where its `metrics.json` is. An Optuna st
 is not, so that processes and machines that share the folder share the work.
 """
 
-import contextlib
 import functools
 import json
-import multiprocessing
-import os
-import platform
 import re
 import shutil
 import statistics
 import tempfile
-import threading
-import time
-import uuid
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-import torch
 from accelerate import Accelerator
 from rich.console import Console
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import SQLAlchemyError
 
 from stillroom import durable, encoder, methods, preflight, provenance, student
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import Tokens
-from stillroom.errors import RunFailed, StillroomError, WrongInput
+from stillroom.errors import RunFailed, WrongInput
 from stillroom.evaluation import cost, predictions
 from stillroom.evaluation.metrics import predictions as answers
 from stillroom.evaluation.metrics import score
@@ -45,20 +33,14 @@ from stillroom.evaluation.significance import RESAMPLED, bootstrap_over_seeds
 from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
 from stillroom.recipe import Comparison, MethodSettings, Recipe
 from stillroom.report import page
+from stillroom.run.handout import DATABASE, RUNS, STUDY, Handout, in_processes
 from stillroom.run.parts import Common, Parts, training_figures
 from stillroom.training.loop import CHECKPOINTS
 
 COMPARISON = "compare.yaml"
 RESULTS = "compare.json"
-RUNS = "runs"
 
-_COSTS, _STUDY, _DATABASE = "costs.json", "study.txt", "study.db"
-
-_HEARTBEAT, _GRACE = 10, 120
-"""Seconds between two signs of life of a run, and without one after which another worker takes it."""
-
-_POLL = 2.0
-"""Seconds between two looks at what others are still doing."""
+_COSTS = "costs.json"
 
 
 @dataclass(frozen=True)
@@ -135,20 +117,20 @@ def compare(
         everything = _join(folder, comparison, common, console)
         here = worker(comparison=comparison, common=common, logits=_teacher_logits(folder, common))
         if workers:
-            here.enqueue()
-    if here.missing() and workers:
+            here.handout.enqueue()
+    if here.handout.missing() and workers:
         if workers > 1:
-            _in_processes(workers, folder, comparison, storage, keep_students)
+            in_processes(workers, _work, folder, comparison, storage, keep_students)
         else:
-            here.work(console)
+            here.handout.work(console)
     found = _collect(folder, everything, common, here.logits)
     durable.write_json(folder / RESULTS, found)
     if any(student["methods"] for student in found["students"].values()):
         page.write_comparison(folder)
-    missing = here.missing()
+    missing = here.handout.missing()
     if missing:
-        errors = here.errors()
-        lines = [f"{run.name}: {errors.get(run.name, 'stopped')}" for run in missing]
+        errors = here.handout.errors()
+        lines = [f"{name}: {errors.get(name, 'stopped')}" for name in missing]
         raise RunFailed(
             f"{len(missing)} of {len(here.runs)} runs are not done; the others are in {folder / RESULTS}. "
             "The same command tries them again.\n" + "\n".join(lines)
@@ -185,7 +167,7 @@ def runs_of(comparison: Comparison) -> Iterator[Run]:
 
 
 class _Worker:
-    """Takes runs from the study until none is left, with what they share loaded once."""
+    """Does the runs that are handed out, with what they share loaded once."""
 
     def __init__(
         self,
@@ -199,66 +181,13 @@ class _Worker:
     ):
         self.runs = {run.name: run for run in runs_of(comparison)}
         self.logits = logits
-        self._comparison, self._common = comparison, common
-        self._folder, self._keep = folder, keep_students
-        self._study = _study(folder, storage)
+        self._comparison, self._common, self._keep = comparison, common, keep_students
         self._checked: set[tuple[str, str]] = set()
-        self._failed: dict[str, str] = {}
+        self.handout = Handout(folder, list(self.runs), self._do, storage=storage)
 
-    def missing(self) -> list[Run]:
-        """Return the runs that are not done."""
-        return [run for run in self.runs.values() if not (self._place(run.name) / METRICS).exists()]
-
-    def errors(self) -> dict[str, str]:
-        """Return why runs failed, by name, the newest reason of each."""
-        trials = self._study.get_trials(deepcopy=False)
-        return {t.user_attrs["run"]: t.user_attrs["error"] for t in trials if "error" in t.user_attrs}
-
-    def enqueue(self) -> None:
-        """Put the missing runs into the study, but for those that wait there or that some process runs."""
-        open_states = (optuna.trial.TrialState.WAITING, optuna.trial.TrialState.RUNNING)
-        taken = set()
-        for trial in self._study.get_trials(deepcopy=False, states=open_states):
-            name = trial.user_attrs.get("run", "")
-            here = trial.user_attrs.get("machine") == platform.node()
-            if here and trial.state == optuna.trial.TrialState.RUNNING and not self._is_held(name):
-                # Its process was killed; without this its run would wait for the end of the grace.
-                self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            else:
-                taken.add(name)
-        for run in self.missing():
-            if run.name not in taken:
-                self._study.enqueue_trial({}, user_attrs={"run": run.name})
-
-    def work(self, console: Console) -> None:
-        """Do runs until all are done, waiting for those that others do."""
-        while self.missing():
-            with _experimental():
-                optuna.storages.fail_stale_trials(self._study)
-            states = {trial.state for trial in self._study.get_trials(deepcopy=False)}
-            if optuna.trial.TrialState.WAITING in states:
-                objective = functools.partial(self._objective, console=console)
-                self._study.optimize(objective, n_trials=1, catch=(StillroomError,))
-            elif optuna.trial.TrialState.RUNNING in states:
-                time.sleep(_POLL)
-            else:
-                break
-
-    def _objective(self, trial: optuna.Trial, console: Console) -> float:
-        name = trial.user_attrs.get("run")
-        if name not in self.runs:
-            # Another process took the last one meanwhile, or the run is of another command's part.
-            raise optuna.TrialPruned
-        trial.set_user_attr("machine", platform.node())
-        try:
-            return self._do(self.runs[name], console)
-        except StillroomError as error:
-            trial.set_user_attr("error", str(error))
-            console.print(f"{name} failed: {error}", style="red", markup=False, highlight=False)
-            raise
-
-    def _do(self, run: Run, console: Console) -> float:
-        place, first = self._place(run.name), self._common.dataset.task.metrics[0]
+    def _do(self, name: str, _: optuna.Trial, console: Console) -> float:
+        run, place = self.runs[name], self.handout.place(name)
+        first = self._common.dataset.task.metrics[0]
         with durable.locked(place):
             if (place / METRICS).exists():
                 return float(_read(place / METRICS)["student"]["metrics"][first])
@@ -268,7 +197,7 @@ class _Worker:
             durable.write_json(place / METRICS, metrics)
             for heavy in (CHECKPOINTS, *(() if self._keep else (STUDENT,))):
                 shutil.rmtree(place / heavy, ignore_errors=True)
-        done = len(self.runs) - len(self.missing())
+        done = len(self.runs) - len(self.handout.missing())
         value = float(metrics["student"]["metrics"][first])
         seconds = metrics["train"]["seconds"]
         text = f"{done}/{len(self.runs)} {run.name}: {first} {value:.4f} in {seconds:.0f} s"
@@ -304,118 +233,13 @@ class _Worker:
             "environment": environment(bf16=parts.bf16),
         }
 
-    def _place(self, name: str) -> Path:
-        return self._folder / RUNS / name
 
-    def _is_held(self, name: str) -> bool:
-        try:
-            with durable.locked(self._place(name)):
-                return False
-        except WrongInput:
-            return True
-
-
-def _study(folder: Path, url: str | None) -> optuna.Study:
-    """Return the study that hands out the folder's runs.
-
-    Its grid is enqueued in order: a `GridSampler` would shuffle it, and give the last runs to several
-    workers at once.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if not (folder / _STUDY).exists():
-        durable.write_text(folder / _STUDY, f"stillroom-{uuid.uuid4().hex}\n")
-    place = url or f"sqlite:///{(folder / _DATABASE).absolute()}"
-    # SQLite gives up after five seconds of waiting for another writer.
-    options = {"connect_args": {"timeout": 60}} if place.startswith("sqlite") else {}
-    try:
-        with _experimental():
-            kept = optuna.storages.RDBStorage(
-                place,
-                engine_kwargs=options,
-                heartbeat_interval=_HEARTBEAT,
-                grace_period=_GRACE,
-                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-            )
-        if place.startswith("sqlite"):
-            _take_turns(kept.engine)
-        name = (folder / _STUDY).read_text(encoding="utf-8").strip()
-        return optuna.create_study(storage=kept, study_name=name, load_if_exists=True)
-    except (optuna.exceptions.OptunaError, SQLAlchemyError, ImportError, ValueError) as error:
-        raise WrongInput(f"The storage {place} cannot be used: {error}") from None
-
-
-def _take_turns(engine: Engine) -> None:
-    """Let SQLite lock where a transaction begins, and not where it first writes.
-
-    It has no row locks: two workers that look at the same moment would take the same run.
-    """
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, _: Any) -> None:
-        # Or Python's sqlite3 would begin transactions itself, late.
-        connection.isolation_level = None
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    # Connections that were made before know nothing of this.
-    engine.dispose()
-
-
-@contextlib.contextmanager
-def _experimental() -> Iterator[None]:
-    """Silence that Optuna calls its heartbeat experimental, as it has since version 2."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
-
-
-def _in_processes(
-    workers: int, folder: Path, comparison: Comparison, storage: str | None, keep_students: bool
-) -> None:
-    """Let `workers` processes of one thread do the runs, and wait for them."""
-    context = multiprocessing.get_context("spawn")
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        made = [
-            context.Process(
-                target=_worker_process, args=(folder, comparison, storage, keep_students), daemon=True
-            )
-            for _ in range(workers)
-        ]
-        for process in made:
-            process.start()
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-    for process in made:
-        process.join()
-
-
-def _worker_process(folder: Path, comparison: Comparison, storage: str | None, keep: bool) -> None:
-    """Do runs in a process of its own, which ends with the one that started it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(1)
-    # Bars of several processes would overwrite each other.
-    console = Console(stderr=True, force_terminal=False, soft_wrap=True)
+def _work(console: Console, folder: Path, comparison: Comparison, storage: str | None, keep: bool) -> None:
+    """Do runs in a process of its own."""
     common = Common.load(_any_recipe(comparison), console)
     logits = predictions.load(folder / PREDICTIONS).logits["teacher"]
     worker = _Worker(comparison, common, logits, folder=folder, storage=storage, keep_students=keep)
-    try:
-        worker.work(console)
-    except KeyboardInterrupt:
-        os._exit(130)
+    worker.handout.work(console)
 
 
 def _any_recipe(comparison: Comparison) -> Recipe:
@@ -445,7 +269,7 @@ def _join(folder: Path, comparison: Comparison, common: Common, console: Console
     precision = comparison.training.model_copy(update={"precision": machine["precision"]})
     comparison = comparison.model_copy(update={"training": precision})
     if not (folder / COMPARISON).exists():
-        others = {durable.LOCK, _STUDY, _DATABASE, provenance.INPUTS, PREDICTIONS}
+        others = {durable.LOCK, STUDY, DATABASE, provenance.INPUTS, PREDICTIONS}
         teacher = Path(comparison.teacher.name).absolute()
         if teacher.parent == folder.absolute():
             others.add(teacher.name)

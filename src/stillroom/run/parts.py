@@ -47,9 +47,22 @@ class Common:
     _labelled: list[Dataset] = field(default_factory=list)
 
     @classmethod
-    def load(cls, recipe: Recipe, console: Console) -> Self:
-        """Return data and teacher of a recipe, or raise `WrongInput` where they do not fit."""
+    def load(
+        cls,
+        recipe: Recipe,
+        console: Console,
+        *,
+        change: Callable[[Dataset], Dataset] | None = None,
+    ) -> Self:
+        """Return data and teacher of a recipe, or raise `WrongInput` where they do not fit.
+
+        Args:
+            recipe: Names both.
+            console: Where progress goes.
+            change: Is given the data, and returns what is used.
+        """
         dataset = sources.load(recipe.dataset)
+        dataset = dataset if change is None else change(dataset)
         if recipe.teacher is None:
             student.require_checkpoint(recipe.student)
             teacher = encoder.load(recipe.student, dataset.task, fresh_head=True)
@@ -139,7 +152,15 @@ class Parts:
             repeated=_repeated(recipe, repeated),
         )
 
-    def train(self, recipe: Recipe, folder: Path, console: Console, *, repeated: bool = False) -> Trained:
+    def train(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        console: Console,
+        *,
+        repeated: bool = False,
+        watch: Callable[[dict[str, float]], None] | None = None,
+    ) -> Trained:
         """Train the student in `folder` and save it there.
 
         Args:
@@ -147,11 +168,12 @@ class Parts:
             folder: Where it is kept.
             console: Where progress goes.
             repeated: Whether other runs read the teacher on the same rows.
+            watch: Gets the metrics of each evaluation; what it raises ends the training.
         """
         live = self.live_teacher() if self.teaches else None
         teacher = self.chosen_teacher(recipe, live, console, repeated=repeated)
         name = f"{recipe.method.name} ({folder.name})"
-        evaluate = evaluator(self.dataset, self.tokens.student["validation"], self.bf16)
+        evaluate = evaluator(self.dataset, self.tokens.student["validation"], self.bf16, watch)
         job = Job(
             name,
             self.student,
@@ -275,10 +297,22 @@ def tokens_of(
     }
 
 
-def evaluator(dataset: Dataset, tokens: TokenisedRows, bf16: bool) -> Callable[[Encoder], dict[str, float]]:
-    """Return what scores a model on the validation split."""
+def evaluator(
+    dataset: Dataset,
+    tokens: TokenisedRows,
+    bf16: bool,
+    watch: Callable[[dict[str, float]], None] | None = None,
+) -> Callable[[Encoder], dict[str, float]]:
+    """Return what scores a model on the validation split; `watch` gets every score."""
     rows = dataset.splits["validation"]
-    return lambda model: score(dataset.task, predict(model, tokens, bf16=bf16), rows.labels)
+
+    def evaluate(model: Encoder) -> dict[str, float]:
+        metrics = score(dataset.task, predict(model, tokens, bf16=bf16), rows.labels)
+        if watch is not None:
+            watch(metrics)
+        return metrics
+
+    return evaluate
 
 
 def training_figures(trained: Trained) -> dict[str, Any]:
