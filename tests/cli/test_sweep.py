@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,6 @@ def test_a_killed_sweep_goes_on_with_the_same_values(workspace: Workspace, tmp_p
 
 
 def _augmented(dataset: Dataset, source: list[int]) -> Dataset:
-    from dataclasses import replace
-
     from stillroom.data import augmented
 
     more = replace(make_rows(dataset.task, len(source), seed=9), source="more")
@@ -216,6 +215,9 @@ def test_rows_that_are_held_out_are_not_trained_on_nor_made_others_of() -> None:
     )
     train = found.splits["train"].texts[0]
     assert all(before[copy] == train[i] for i, copy in enumerate(train[54:]))
+    train = replace(plain.splits["train"], unlabelled=np.arange(60) < 30)
+    found = sweeping.hold_out(replace(plain, splits={**plain.splits, "train": train}))
+    assert found.splits["validation"].unlabelled.tolist() == [False] * 3  # type: ignore[union-attr]
     with pytest.raises(WrongInput, match="too few"):
         sweeping.hold_out(make_dataset(count=18))
 

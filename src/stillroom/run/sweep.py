@@ -159,15 +159,18 @@ def hold_out(dataset: Dataset) -> Dataset:
     """
     train = dataset.splits["train"]
     count = len(train) - dataset.augmented
-    if count < 2 * HELD_OUT:
+    labelled = np.arange(count)
+    if train.unlabelled is not None:
+        labelled = np.flatnonzero(~train.unlabelled)
+    if len(labelled) < 2 * HELD_OUT:
         raise WrongInput(
-            f"{train.source} has {count} rows, too few to hold out one in {HELD_OUT} to score on. Give "
-            "more, or score on the validation split with --split validation."
+            f"{train.source} has {len(labelled)} rows with a label, too few to hold out one in {HELD_OUT} "
+            "to score on. Give more, or score on the validation split with --split validation."
         )
     # Philox by name: what default_rng means may change with numpy.
     chance = np.random.Generator(np.random.Philox(key=2))
     held = np.zeros(len(train), dtype=bool)
-    held[chance.permutation(count)[: min(count // HELD_OUT, MOST_HELD_OUT)]] = True
+    held[chance.permutation(labelled)[: min(len(labelled) // HELD_OUT, MOST_HELD_OUT)]] = True
     rest, sources = ~held, dataset.source_rows
     if sources is not None:
         rest[count:] = rest[sources]
@@ -184,7 +187,7 @@ class _Worker:
 
     def __init__(self, chosen: Sweep, folder: Path, storage: str | None):
         self._sweep, self._folder = chosen, folder
-        self._commons: dict[str, tuple[Common, np.ndarray]] = {}
+        self._commons: dict[str, tuple[Common, np.ndarray | None]] = {}
         self._checked = False
         self.handout = Handout(
             folder,
@@ -265,16 +268,20 @@ class _Worker:
             "environment": environment(bf16=parts.bf16),
         }
 
-    def _common(self, recipe: Recipe, console: Console) -> tuple[Common, np.ndarray]:
+    def _common(self, recipe: Recipe, console: Console) -> tuple[Common, np.ndarray | None]:
         """Return what runs with this teacher and these rows share, and its logits of what is scored."""
-        key = json.dumps([recipe.teacher.name, recipe.dataset.model_dump(mode="json")])
+        # Without a teacher a student's own checkpoint says what it looks like.
+        model = recipe.student if recipe.teacher is None else recipe.teacher.name
+        key = json.dumps([model, recipe.dataset.model_dump(mode="json")])
         if key not in self._commons:
             # One at a time: another teacher is rarely tried, and would fill the memory.
             self._commons.clear()
             change = hold_out if self._sweep.split == "fold" else None
             common = Common.load(recipe, console, change=change)
-            tokens, device = common.teacher_tokens["validation"], Accelerator().device
-            logits = predict(common.teacher.to(device), tokens, bf16=common.bf16)
+            logits = None
+            if common.teaches:
+                tokens, device = common.teacher_tokens["validation"], Accelerator().device
+                logits = predict(common.teacher.to(device), tokens, bf16=common.bf16)
             self._commons[key] = common, logits
         return self._commons[key]
 
