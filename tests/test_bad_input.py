@@ -11,12 +11,14 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from stillroom import distill, durable, encoder, finetune, preflight
+from stillroom import Comparison, compare, distill, durable, encoder, finetune, preflight
 from stillroom.data import sources
 from stillroom.data.tasks import Dataset
 from stillroom.encoder import Encoder, weights_hash
 from stillroom.errors import WrongInput
 from stillroom.recipe import DatasetSettings, FinetuneRecipe, Recipe
+from stillroom.run import generator
+from stillroom.training import masked_lm
 from tiny import make_dataset, make_encoder, make_task, make_teacher
 
 QUIET = Console(quiet=True)
@@ -243,7 +245,7 @@ def test_a_fresh_head_needs_no_score(tmp_path: Path) -> None:
 # Several processes
 
 
-def test_several_processes_are_refused_before_the_folder_is_made(
+def test_several_processes_are_refused_by_what_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else each but the first would say that another process writes the folder."""
@@ -252,9 +254,12 @@ def test_several_processes_are_refused_before_the_folder_is_made(
         raise WrongInput("one process")
 
     monkeypatch.setattr(preflight, "require_one_process", refused)
+    comparison = Comparison.load(teacher="t", dataset="builtin/verdicts", methods=["kd"])
+    rows = make_dataset().splits
+    text = rows["train"], rows["validation"]
     for start in (
-        lambda: distill(recipe(tmp_path), tmp_path / "run", console=QUIET),
-        lambda: finetune(teacher_recipe(tmp_path), tmp_path / "run", console=QUIET),
+        lambda: compare(comparison, tmp_path / "run", console=QUIET),
+        lambda: generator.make("minilm-l6", text, tmp_path / "run", masked_lm.Settings(), QUIET),
     ):
         with pytest.raises(WrongInput, match="one process"):
             start()

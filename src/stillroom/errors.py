@@ -14,6 +14,8 @@ class StillroomError(Exception):
     """Base of all errors that Stillroom raises on purpose."""
 
     exit_code = 1
+    shared = False
+    """Whether every process that trains together raises it, so that one may tell it for all."""
 
 
 class WrongInput(StillroomError):

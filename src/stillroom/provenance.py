@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from stillroom import durable
+from stillroom import durable, processes
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import Tokens
 from stillroom.encoder import Encoder, weights_hash
@@ -57,12 +57,13 @@ def inputs_of(
 
 
 def environment(*, bf16: bool) -> dict[str, Any]:
-    """Return machine, device, threads, precision and versions."""
+    """Return machine, device, processes, threads of each, precision and versions."""
     packages = ("stillroom", "torch", "transformers", "accelerate", "tokenizers")
     return {
         "machine": platform.platform(),
         "processor": _processor(),
         "device": str(Accelerator().device),
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "precision": "bf16" if bf16 else "float32",
         "python": platform.python_version(),
@@ -80,8 +81,8 @@ def require_same(folder: Path, inputs: dict[str, str], machine: dict[str, Any], 
 
     Raises:
         WrongInput: If teacher, student or rows are not what they were, naming both hashes: going on
-            would make another run. Another machine, thread count or version only warns: the last
-            bits may differ.
+            would make another run. Another machine, version or number of processes or threads only
+            warns: the last bits may differ, and between numbers of processes dropout does.
     """
     try:
         before = json.loads((folder / INPUTS).read_text(encoding="utf-8"))

@@ -87,7 +87,7 @@ class TrainingSettings(Settings):
     epochs: Annotated[float, Field(gt=0)] = 3
     """Passes over the training rows; a fraction is allowed."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Most rows in a batch."""
+    """Most rows in a batch, over all processes that share it."""
     max_tokens: Annotated[int, Field(ge=8)] = 8192
     """Most tokens in a batch, padding included: long rows make smaller batches."""
     accumulation: Annotated[int, Field(ge=1)] = 1

@@ -395,7 +395,7 @@ def test_a_run_moves_each_row_once_an_epoch_and_evaluation_none(tmp_path: Path) 
     plain = PooledContrast.after_step
 
     def spy() -> None:
-        moved.extend(int(row) for rows, _, _ in term._pending for row in rows)
+        moved.extend(int(row) for batch, _, _ in term._pending for row in batch.row_ids)
         plain(term)
 
     term.after_step = spy  # type: ignore[method-assign]

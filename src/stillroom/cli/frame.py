@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,7 +146,8 @@ def execute(
 ) -> dict[str, Any]:
     """Return what `work` returns, printed as JSON if asked for, or end the process with its error.
 
-    Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped from the keyboard.
+    Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped from the keyboard. Of processes that were
+    launched together the first one talks; another ends here, and tells of errors that it alone has.
 
     Args:
         work: Gets a console for progress and warnings; imports what it needs.
@@ -161,6 +163,10 @@ def execute(
             result = work(console)
         text = json.dumps(result, indent=2, allow_nan=False)
     except StillroomError as error:
+        if error.shared and not _talks():
+            # The launcher ends all when one has ended: the first one is to tell why before.
+            time.sleep(2)
+            raise typer.Exit(error.exit_code) from None
         _fail(console, str(error), error.exit_code, as_json=as_json, debug=debug)
     except KeyboardInterrupt:
         _fail(console, stopped(), 130, as_json=as_json, debug=debug)
@@ -168,9 +174,16 @@ def execute(
         reason = f"{type(error).__name__}: {error}"
         hint = "" if debug else f"\nThis was not expected. Set {DEBUG}=1 to see where it came from."
         _fail(console, reason + hint, 1, as_json=as_json, debug=debug)
+    if not _talks():
+        raise typer.Exit(0)
     if as_json:
         typer.echo(text)
     return result
+
+
+def _talks() -> bool:
+    """Return whether this is the first of the processes that were launched together, or alone."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def show(*parts: Table | str) -> None:

@@ -1,7 +1,7 @@
 """Batches of similar length under a token budget, in an order that only seed and epoch decide."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows
+from stillroom.processes import Share
 
 _POOL = 50
 """Batches' worth of rows that are sorted by length together: little padding, much chance left."""
@@ -37,6 +38,13 @@ class Inputs:
             None if positions is None else positions.to(device, non_blocking=True),
         )
 
+    def take(self, rows: slice) -> "Inputs":
+        """Return some of the rows, as wide as they are."""
+        types = self.token_type_ids
+        return Inputs(
+            self.input_ids[rows], self.attention_mask[rows], None if types is None else types[rows]
+        )
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -51,13 +59,53 @@ class Batch:
     teacher: Inputs
     labels: Tensor
     row_ids: Tensor
+    share: Share = field(default_factory=Share)
+    """Which part this is of a batch that several processes share."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows the batch has in all processes."""
+        return sum(self.share.sizes) or len(self.row_ids)
+
+    def part(self, rank: int, count: int, draw: tuple[int, ...] = ()) -> "Batch":
+        """Return the rows of one of `count` processes, padded as the whole batch is.
+
+        Args:
+            rank: Of the process.
+            count: How many processes share this batch; with one it is returned as it is.
+            draw: For `Share`.
+
+        Example:
+            >>> inputs = Inputs(torch.zeros(3, 2), torch.ones(3, 2), None)
+            >>> batch = Batch(inputs, inputs, torch.arange(3), torch.arange(3))
+            >>> [batch.part(rank, 2).row_ids.tolist() for rank in (0, 1)]
+            [[0, 1], [2]]
+        """
+        if count == 1:
+            return self
+        each, more = divmod(len(self.row_ids), count)
+        sizes = tuple(each + (i < more) for i in range(count))
+        start = sum(sizes[:rank])
+        own = slice(start, start + sizes[rank])
+        lengths = self.student.attention_mask.sum(1, dtype=torch.float64)
+        tokens, pairs = (float(x[own].sum() / x.sum()) for x in (lengths, lengths.square()))
+        rows = own if sizes[rank] else slice(0, 1)
+        student = self.student.take(rows)
+        return Batch(
+            student,
+            student if self.teacher is self.student else self.teacher.take(rows),
+            self.labels[rows],
+            self.row_ids[rows],
+            Share(sizes, rank, tokens, pairs, draw),
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on `device`."""
         student = self.student.to(device)
         teacher = student if self.teacher is self.student else self.teacher.to(device)
         labels = self.labels.to(device, non_blocking=True)
-        return Batch(student, teacher, labels, self.row_ids.to(device, non_blocking=True))
+        row_ids = self.row_ids.to(device, non_blocking=True)
+        return Batch(student, teacher, labels, row_ids, self.share)
 
 
 def epoch_batches(

@@ -4,7 +4,8 @@ A mixture of this project, of no paper: Fu et al. 2021, arXiv 2012.07335, gives 
 layers, the stages and the perturbation; Li et al. 2020, arXiv 2010.06133, which student layer learns
 from which teacher layer.
 
-Shapes: L student layers, M teacher layers, B batch, S tokens, D student width, E teacher width.
+Shapes: L student layers, M teacher layers, B rows, G rows of all processes (B in one process), S tokens,
+D student width, E teacher width.
 """
 
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Perturbation, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels, SoftLabels
-from stillroom.ops.cos_nce import cos_nce_of_cosines, unit_tokens
+from stillroom.ops.cos_nce import cos_nce_of_cosines, other_rows, unit_tokens
 from stillroom.ops.projection import start_unturned
 from stillroom.ops.transport import LayerMasses, MassRule, MassUpdate
 from stillroom.recipe import Settings
@@ -53,7 +54,14 @@ class AngularEMDSettings(Settings):
     """Whether each token's gradient, or the whole tensor's, is scaled to epsilon."""
 
 
-def cos_nce_costs(student_LBSE: Tensor, teacher_MBSE: Tensor, mask_BS: Tensor) -> Tensor:
+def cos_nce_costs(
+    student_LBSE: Tensor,
+    teacher_MGSE: Tensor,
+    mask_BS: Tensor,
+    mask_GS: Tensor | None = None,
+    *,
+    first: int = 0,
+) -> Tensor:
     """Return COS-NCE of every pair of layers, averaged over the batch, from one matrix product.
 
     ``D_ij = mean_a [2 - 1.5 c_aa + 0.5 mean_{b != a} c_ab]``, where ``c_ab`` is the mean cosine of row
@@ -61,19 +69,21 @@ def cos_nce_costs(student_LBSE: Tensor, teacher_MBSE: Tensor, mask_BS: Tensor) -
 
     Args:
         student_LBSE: Student states in the teacher's width; gradients flow here.
-        teacher_MBSE: Teacher states; detached.
+        teacher_MGSE: Teacher states; detached.
         mask_BS: 1 on real tokens.
+        mask_GS: The same of the teacher's rows, where they are more than the student's.
+        first: Where the student's rows start among the teacher's.
 
     Returns:
         Shape ``(L, M)``, unitless, in [0, 4].
     """
-    (L, B), M = student_LBSE.shape[:2], len(teacher_MBSE)
-    u, v = unit_tokens(student_LBSE, mask_BS), unit_tokens(teacher_MBSE.detach(), mask_BS)
+    (L, B), (M, G) = student_LBSE.shape[:2], teacher_MGSE.shape[:2]
+    mask_GS = mask_BS if mask_GS is None else mask_GS
+    u, v = unit_tokens(student_LBSE, mask_BS), unit_tokens(teacher_MGSE.detach(), mask_GS)
     dots = u.flatten(2).flatten(0, 1) @ v.flatten(2).flatten(0, 1).T
-    mask_BS = mask_BS.to(dots.dtype)
-    cosine_LMBB = dots.view(L, B, M, B).transpose(1, 2) / (mask_BS @ mask_BS.T)
-    negative_BB = 1 - torch.eye(B, dtype=dots.dtype, device=dots.device)
-    return cos_nce_of_cosines(cosine_LMBB, negative_BB).mean(-1)
+    shared_BG = mask_BS.to(dots.dtype) @ mask_GS.to(dots.dtype).T
+    cosine_LMBG = dots.view(L, B, M, G).transpose(1, 2) / shared_BG
+    return cos_nce_of_cosines(cosine_LMBG, other_rows(shared_BG, first), first).mean(-1)
 
 
 class AngularTransport(Term):
@@ -100,16 +110,19 @@ class AngularTransport(Term):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the loss; raises `ValueError` for a batch of one row, which has no negatives."""
-        mask_BS = batch.student.attention_mask
-        if mask_BS.shape[0] < 2:
+        mask_BS, share = batch.student.attention_mask, batch.share
+        if batch.rows < 2:
             raise ValueError("COS-NCE needs at least two rows in a batch, found one")
         states, goals = (
             torch.stack([outputs.hidden_states[i] for i in sorted(needs.hidden_states)])
             for outputs, needs in ((student, self.student_needs), (teacher, self.teacher_needs))
         )
         states = (states.flatten(1, 2) @ self.projection).view(len(states), *mask_BS.shape, -1)
-        cost_LM = cos_nce_costs(states, goals, mask_BS)
-        flow_LM = self.masses.flows(cost_LM[None])[0]
+        goals, mask_GS = share.gather(goals, 1), share.gather(mask_BS)
+        cost_LM = cos_nce_costs(states, goals, mask_BS, mask_GS, first=share.start)
+        # One problem for all processes: its costs are means over the whole batch.
+        whole = cost_LM if share.whole else share.total(share.of("rows") * cost_LM)
+        flow_LM = self.masses.flows(whole[None])[0]
         return len(states) * (flow_LM * cost_LM).sum()
 
     def after_step(self) -> None:

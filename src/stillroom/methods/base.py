@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stillroom.data.batching import Batch
 from stillroom.data.tasks import Kind
 from stillroom.encoder import Needs, Outputs
+from stillroom.processes import Unit
 from stillroom.recipe import Settings
 
 
@@ -46,6 +47,10 @@ class Term(nn.Module, ABC):
     """Whether attention is compared head by head, so that both must have equally many heads."""
     least_rows: int = 1
     """Fewest rows in a batch: contrastive terms need two."""
+    mean_over: Unit = "rows"
+    """What the value is a mean over. Where several processes share a batch, each gives the value of its
+    own rows, and the loss is their sum, each weighed by its part of the batch's rows (tokens, pairs of
+    tokens). A term that compares rows with each other meets the others' through `batch.share`."""
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: L student layers, M teacher layers, B batch, H heads, S tokens, D studen
 width, C classes.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -69,6 +70,7 @@ class LayerTransport(Term):
 
     same_tokens = True
     same_heads = True
+    mean_over = "nothing"
 
     def __init__(self, settings: BertEMDSettings, context: Context):
         super().__init__()
@@ -94,8 +96,8 @@ class LayerTransport(Term):
         score_goals = visible(_stack(teacher.attention_scores)).detach()
         states = self.projection(_stack(student.hidden_states))
         goals = _stack(teacher.hidden_states).detach()
-        score_count: Tensor | int = scores[0].numel()
-        state_count: Tensor | int = goals[0].numel()
+        score_count: Tensor | float = scores[0].numel()
+        state_count: Tensor | float = goals[0].numel()
         if self.masked:
             mask_BS = batch.student.attention_mask.to(goals.dtype)
             token = mask_BS[..., None]
@@ -103,11 +105,17 @@ class LayerTransport(Term):
             scores, score_goals = scores * pair, score_goals * pair
             states, goals = states * token, goals * token
             score_count, state_count = scores.shape[2] * pair.sum(), goals.shape[-1] * token.sum()
+        share = batch.share
+        if not share.whole:
+            # Costs are means over all processes' rows, so this one's are its part of them.
+            score_count = _whole(score_count, share.of("token pairs" if self.masked else "rows"))
+            state_count = _whole(state_count, share.of("tokens" if self.masked else "rows"))
         embedding = (states[0] - goals[0]).square().sum() / state_count
         states, goals = states[1:], goals[1:]
         score_squares = squared_distances(scores, score_goals)
         state_squares = squared_distances(states, goals)
-        flow = self.masses.flows(torch.stack([score_squares / score_count, state_squares / state_count]))
+        costs = torch.stack([score_squares / score_count, state_squares / state_count])
+        flow = self.masses.flows(share.total(costs))
         attention = transport_cost(scores, score_goals, flow[0], score_squares) / score_count
         hidden = transport_cost(states, goals, flow[1], state_squares) / state_count
         loss: Tensor = self.theta * (attention + hidden) + embedding
@@ -120,6 +128,11 @@ class LayerTransport(Term):
     def record(self) -> dict[str, Any]:
         """Return `ops.transport.LayerMasses.record` of `attention` and `hidden_states`."""
         return self.masses.record()
+
+
+def _whole(count: Tensor | float, part: float) -> Tensor | float:
+    """Return the count of which `count` is this part; infinite where it is none, so that it adds 0."""
+    return count / part if part else math.inf
 
 
 def _every_layer(depth: int) -> Needs:

@@ -138,8 +138,11 @@ class IntermediateContrast(Term):
             layers = sorted((1 + torch.randperm(len(layers))[:depth]).tolist())
         z_S = self.student(self._joined(student, range(1, depth + 1)))
         z_T = self.teacher(self._joined(teacher, layers))
+        # Each row is told from those of all processes, which learn from that too.
+        z_T, z_S = batch.share.gather(z_T), batch.share.gather(z_S)
         each = in_batch_contrast(z_T, z_S, tau2=self.settings.tau2, anchor=self.settings.anchor)
-        return each.mean() / (math.log(len(each)) if self.settings.alpha2 else 1.0)
+        own = each.narrow(0, batch.share.start, len(batch.row_ids))
+        return own.mean() / (math.log(len(each)) if self.settings.alpha2 else 1.0)
 
     def _joined(self, outputs: Outputs, layers: Iterable[int]) -> Tensor:
         """Return the layers' vectors of each row, end to end, shape `(B, F)`."""

@@ -23,6 +23,7 @@ from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels, SoftLabels
 from stillroom.ops.info_nce import info_nce
+from stillroom.processes import Share
 from stillroom.recipe import Settings
 
 _EPS = 1e-12
@@ -184,7 +185,7 @@ class PooledContrast(Term):
         if official:
             # Of both directions; 0 until the first batch sets them for good.
             self.register_buffer("normalisers", torch.zeros(2))
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending: list[tuple[Batch, Tensor, Tensor]] = []
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the loss, averaged over the batch and, where there are two, over the directions.
@@ -193,14 +194,17 @@ class PooledContrast(Term):
         """
         s = self._vector(student, self.student_layers, self.student_projection)
         t = self._vector(teacher, self.teacher_layers, self.teacher_projection)
-        negatives_BK = self.draw(batch.row_ids)
+        # Every process draws for all rows, as one alone would, and takes its own.
+        drawn = self.draw(batch.share.gather(batch.row_ids))
+        negatives_BK = drawn.narrow(0, batch.share.start, len(batch.row_ids))
         if self.training:
-            if self._pending and self._pending[-1][0] is batch.row_ids:
+            if self._pending and self._pending[-1][0] is batch:
                 # The second pass of a perturbed step: one step moves a row once.
                 self._pending.pop()
-            self._pending.append((batch.row_ids, s.detach(), t.detach()))
+            self._pending.append((batch, s.detach(), t.detach()))
         if self.settings.loss == "nce_official":
-            return self._official(s, t, torch.cat([batch.row_ids[:, None], negatives_BK], dim=1))
+            index_BK = torch.cat([batch.row_ids[:, None], negatives_BK], dim=1)
+            return self._official(s, t, index_BK, batch.share)
         directions = []
         if self.student_anchor:
             directions.append(
@@ -220,9 +224,13 @@ class PooledContrast(Term):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the rows of this step's batches: ``M[y] <- normalize(m M[y] + (1 - m) z)``."""
+        """Move the rows of this step's batches: ``M[y] <- normalize(m M[y] + (1 - m) z)``.
+
+        Every process moves the rows of all, so that all banks are one.
+        """
         m = self.settings.momentum
-        for rows, s, t in self._pending:
+        for batch, *vectors in self._pending:
+            rows, s, t = (batch.share.gather(x) for x in (batch.row_ids, *vectors))
             if self.student_anchor:
                 self.teacher_bank[rows] = _unit(m * self.teacher_bank[rows] + (1 - m) * t)
             if self.teacher_anchor:
@@ -234,12 +242,13 @@ class PooledContrast(Term):
         pooled = [outputs.pooled_states[self.settings.pooling, layer] for layer in layers]
         return _unit(projection(torch.cat(pooled, dim=-1)))
 
-    def _official(self, s: Tensor, t: Tensor, index_BK: Tensor) -> Tensor:
+    def _official(self, s: Tensor, t: Tensor, index_BK: Tensor, share: Share) -> Tensor:
         losses = []
         for i, (anchor, bank) in enumerate(((s, self.teacher_bank), (t, self.student_bank))):
             scores = (torch.einsum("bd,bkd->bk", anchor, bank[index_BK]) / self.settings.tau).exp()
             Z = self.normalisers[i]
-            Z = torch.where(Z > 0, Z, self.rows * scores.detach().mean())
+            mean = share.total(scores.detach().mean() * share.of("rows"))
+            Z = torch.where(Z > 0, Z, self.rows * mean)
             if self.training:
                 with torch.no_grad():
                     self.normalisers[i] = Z

@@ -66,6 +66,7 @@ class LastStateDirection(Term):
     """The cosine loss of the last hidden states; a student of another width is projected first."""
 
     same_tokens = True
+    mean_over = "tokens"
     projection: nn.Parameter | None
 
     def __init__(self, context: Context):

@@ -4,7 +4,8 @@ Fu et al.: "LRC-BERT: Latent-representation Contrastive Knowledge Distillation f
 Understanding", AAAI 2021, arXiv 2012.07335. Equations as re-implemented by GLMKD and BERT-gang;
 `docs/methods/lrc-bert.md` says what could not be checked against the paper.
 
-Shapes: L mapped layers, B batch, S tokens, D student width, E teacher width, K negatives.
+Shapes: L mapped layers, B rows, G rows of all processes (B in one process), S tokens, D student width,
+E teacher width, K negatives.
 """
 
 from typing import Annotated, Literal
@@ -23,6 +24,7 @@ from stillroom.ops.cos_nce import (
     EPS,
     cos_nce,
     cos_nce_of_cosines,
+    other_rows,
     pooled_cos_nce,
     token_cosines,
 )
@@ -92,25 +94,28 @@ class CosNCE(Term):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the loss; raises `ValueError` for a batch of one row, which has no negatives."""
-        mask_BS = batch.student.attention_mask
-        if mask_BS.shape[0] < 2:
+        mask_BS, share = batch.student.attention_mask, batch.share
+        if batch.rows < 2:
             raise ValueError("COS-NCE needs at least two rows in a batch, found one")
         # Pooling and projecting are both linear, so pooled states, the short tensors, are projected.
         states, goals = self._read(student, self.student_layers), self._read(teacher, self.teacher_layers)
         L = len(states)
         projection = self.projection.expand(L, -1, -1)
         states = (states.flatten(1, -2) @ projection).view_as(goals)
+        # Anchors are this process's rows, negatives all processes'.
+        everyone = share.gather(goals, 1)
         if self.settings.negatives == "bank":
-            negatives = self._draw(goals, batch)
+            negatives = self._draw(everyone, batch)
             each = [cos_nce(s, t, n) for s, t, n in zip(states, goals, negatives, strict=True)]
             return torch.stack(each).mean(1).sum()
         if self.settings.vector == "token":
-            cosine_LBB = token_cosines(states, goals, mask_BS)
+            cosine_LBG = token_cosines(states, everyone, mask_BS, share.gather(mask_BS))
         elif self.settings.label_aware:
-            cosine_LBB = F.normalize(states, dim=-1, eps=EPS) @ F.normalize(goals, dim=-1, eps=EPS).mT
+            cosine_LBG = F.normalize(states, dim=-1, eps=EPS) @ F.normalize(everyone, dim=-1, eps=EPS).mT
         else:
-            return pooled_cos_nce(states, goals).mean(1).sum()
-        return cos_nce_of_cosines(cosine_LBB, self._negatives(batch)).mean(1).sum()
+            return pooled_cos_nce(states, goals, None if share.whole else everyone).mean(1).sum()
+        negative_BG = self._negatives(cosine_LBG[0], batch)
+        return cos_nce_of_cosines(cosine_LBG, negative_BG, share.start).mean(1).sum()
 
     def _needs(self, layers: tuple[int, ...]) -> Needs:
         vector = self.settings.vector
@@ -125,28 +130,32 @@ class CosNCE(Term):
             return torch.stack([outputs.hidden_states[layer] for layer in layers])
         return torch.stack([outputs.pooled_states[vector, layer] for layer in layers])
 
-    def _negatives(self, batch: Batch) -> Tensor:
-        """Return ``(B, B)``: 1 where row b may be a negative of anchor a."""
+    def _negatives(self, cosine_BG: Tensor, batch: Batch) -> Tensor:
+        """Return ``(B, G)``: 1 where row b may be a negative of anchor a."""
         y = batch.labels
         if self.settings.label_aware:
-            return (y[:, None] != y[None, :]).float()
-        return 1 - torch.eye(len(y), device=y.device)
+            return (y[:, None] != batch.share.gather(y)[None, :]).float()
+        return other_rows(cosine_BG, batch.share.start)
 
     @torch.no_grad()
-    def _draw(self, goals_LBE: Tensor, batch: Batch) -> Tensor:
-        """Put the batch into the bank and return K drawn rows for each anchor, ``(L, B, K, E)``."""
-        rows = batch.row_ids
-        self.bank[rows] = goals_LBE.transpose(0, 1)
-        self.bank_labels[rows] = batch.labels.long() if self.classification else 0
+    def _draw(self, goals_LGE: Tensor, batch: Batch) -> Tensor:
+        """Put the batch into the bank and return K drawn rows for each anchor, ``(L, B, K, E)``.
+
+        Every process draws for all rows, as one alone would, so that all banks and draws are one.
+        """
+        rows, labels = batch.share.gather(batch.row_ids), batch.share.gather(batch.labels)
+        self.bank[rows] = goals_LGE.transpose(0, 1)
+        self.bank_labels[rows] = labels.long() if self.classification else 0
         allowed = (self.bank_labels >= 0).float().repeat(len(rows), 1)
         allowed[torch.arange(len(rows), device=rows.device), rows] = 0
         if self.settings.label_aware:
-            other = (self.bank_labels[None] != batch.labels[:, None]).float()
+            other = (self.bank_labels[None] != labels[:, None]).float()
             # Early on every row seen may share the anchor's label: then any of them serves.
             none = (allowed * other).sum(1, keepdim=True) == 0
             allowed = torch.where(none, allowed, allowed * other)
         drawn = torch.multinomial(allowed, self.settings.bank_negatives, replacement=True)
-        return self.bank[drawn].permute(2, 0, 1, 3)
+        own = drawn.narrow(0, batch.share.start, len(batch.row_ids))
+        return self.bank[own].permute(2, 0, 1, 3)
 
 
 def build(settings: LRCBertSettings, context: Context) -> Plan:

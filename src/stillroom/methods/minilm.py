@@ -34,6 +34,7 @@ class AttentionDistribution(Term):
 
     same_tokens = True
     same_heads = True
+    mean_over = "tokens"
 
     def __init__(self, context: Context):
         super().__init__()
@@ -53,6 +54,7 @@ class ValueRelation(Term):
 
     same_tokens = True
     same_heads = True
+    mean_over = "tokens"
 
     def __init__(self, context: Context):
         super().__init__()

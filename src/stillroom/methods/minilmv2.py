@@ -44,6 +44,7 @@ class Relation(Term):
     """
 
     same_tokens = True
+    mean_over = "tokens"
 
     def __init__(self, vectors: str, heads: int, layers: tuple[int, int]):
         super().__init__()

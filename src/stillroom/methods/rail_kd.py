@@ -119,6 +119,7 @@ class RandomLayers(Term):
     def __init__(self, settings: RAILKDSettings, context: Context):
         super().__init__()
         self.settings = settings
+        self.mean_over = "rows" if settings.reduction == "mean" else "nothing"
         N, M = context.student_depth, context.teacher_depth
         inner = settings.form == "glmkd"
         self.count, self.among = (N - 1, M - 1) if inner else (N, M)
@@ -157,7 +158,7 @@ class RandomLayers(Term):
         z_T = self.teacher_projection(self._joined(teacher, self.teacher_layers()))
         if self.training:
             # Each row is seen once an epoch, so the rows seen tell the epoch.
-            self._seen += len(batch.row_ids) if self.settings.redraw == "epoch" else 1
+            self._seen += batch.rows if self.settings.redraw == "epoch" else 1
         squared = self.settings.form == "glmkd"
         return rail_loss(z_S, z_T, squared=squared, reduction=self.settings.reduction)
 

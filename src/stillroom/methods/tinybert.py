@@ -79,6 +79,7 @@ class AttentionScores(Term):
     def __init__(self, settings: TinyBERTSettings, layers: tuple[int, ...]):
         super().__init__()
         self.masked = settings.padding == "masked"
+        self.mean_over = "token pairs" if self.masked else "rows"
         self.student_layers, self.teacher_layers = tuple(range(1, len(layers) + 1)), layers
         self.student_needs = Needs(attention_scores=frozenset(self.student_layers))
         self.teacher_needs = Needs(attention_scores=frozenset(layers), padding=not self.masked)
@@ -102,6 +103,7 @@ class HiddenStates(Term):
     def __init__(self, settings: TinyBERTSettings, context: Context, layers: tuple[int, ...]):
         super().__init__()
         self.masked = settings.padding == "masked"
+        self.mean_over = "tokens" if self.masked else "rows"
         self.student_layers, self.teacher_layers = tuple(range(len(layers) + 1)), (0, *layers)
         self.student_needs = Needs(hidden_states=frozenset(self.student_layers))
         self.teacher_needs = Needs(hidden_states=frozenset(self.teacher_layers), padding=not self.masked)

@@ -3,7 +3,9 @@
 Fu et al. 2021, arXiv 2012.07335, as re-implemented by GLMKD and BERT-gang;
 `docs/methods/lrc-bert.md` says what could not be checked against the paper.
 
-Shapes: L layers, B batch, S tokens, E teacher width, K negatives.
+Shapes: L layers, B anchors, G teacher rows that are compared with each, S tokens, E teacher width, K
+negatives. G is B, but where several processes share a batch: then each has its own anchors, and the
+teacher's rows of all, among which its own start at `first`.
 """
 
 import torch
@@ -49,36 +51,52 @@ def cos_nce(student_BE: Tensor, teacher_BE: Tensor, negatives_BKE: Tensor) -> Te
     return (2 - (negative_BK - positive_B[:, None])).sum(1) / (2 * K) + positive_B
 
 
-def cos_nce_of_cosines(cosine_LBB: Tensor, negative_BB: Tensor) -> Tensor:
+def cos_nce_of_cosines(cosine_LBG: Tensor, negative_BG: Tensor, first: int = 0) -> Tensor:
     """Return COS-NCE of each anchor from all cosines: ``2 - 1.5 c_aa + 0.5 mean_b c_ab``.
 
-    The closed form of formula (1). ``negative_BB`` is 1 where row b is a negative of anchor a; an
+    The closed form of formula (1). ``negative_BG`` is 1 where row b is a negative of anchor a; an
     anchor without any keeps its positive part, as if its negatives were orthogonal to it.
     """
-    positive_LB = cosine_LBB.diagonal(dim1=-2, dim2=-1)
-    count_B = negative_BB.sum(-1).clamp(min=1)
-    negative_LB = (cosine_LBB * negative_BB).sum(-1) / count_B
+    positive_LB = cosine_LBG.diagonal(first, dim1=-2, dim2=-1)
+    count_B = negative_BG.sum(-1).clamp(min=1)
+    negative_LB = (cosine_LBG * negative_BG).sum(-1) / count_B
     return 2 - 1.5 * positive_LB + 0.5 * negative_LB
 
 
-def pooled_cos_nce(student_LBE: Tensor, teacher_LBE: Tensor) -> Tensor:
+def other_rows(like_BG: Tensor, first: int = 0) -> Tensor:
+    """Return 1 for every row but the anchor's own, in the shape, dtype and place of `like_BG`.
+
+    Example:
+        >>> other_rows(torch.zeros(1, 3), first=1).tolist()
+        [[1.0, 0.0, 1.0]]
+    """
+    others_BG = torch.ones_like(like_BG)
+    others_BG.diagonal(first).zero_()
+    return others_BG
+
+
+def pooled_cos_nce(student_LBE: Tensor, teacher_LBE: Tensor, all_LGE: Tensor | None = None) -> Tensor:
     """Return COS-NCE of each anchor, all other rows its negatives, in O(B E) through their sum.
 
     Args:
         student_LBE: One vector per row and layer; gradients flow here.
         teacher_LBE: The same of the teacher; detached.
+        all_LGE: The teacher's vectors of all rows, the anchors' among them, where there are more.
 
     Returns:
         Shape ``(L, B)``; equal to formula (1) to rounding.
     """
     s = F.normalize(student_LBE, dim=-1, eps=EPS)
     t = F.normalize(teacher_LBE.detach(), dim=-1, eps=EPS)
+    everyone = t if all_LGE is None else F.normalize(all_LGE.detach(), dim=-1, eps=EPS)
     positive_LB = (s * t).sum(-1)
-    all_LB = (s * t.sum(1, keepdim=True)).sum(-1)
-    return 2 - 1.5 * positive_LB + 0.5 * (all_LB - positive_LB) / (s.shape[1] - 1)
+    all_LB = (s * everyone.sum(1, keepdim=True)).sum(-1)
+    return 2 - 1.5 * positive_LB + 0.5 * (all_LB - positive_LB) / (everyone.shape[1] - 1)
 
 
-def token_cosines(student_LBSE: Tensor, teacher_LBSE: Tensor, mask_BS: Tensor) -> Tensor:
+def token_cosines(
+    student_LBSE: Tensor, teacher_LGSE: Tensor, mask_BS: Tensor, mask_GS: Tensor | None = None
+) -> Tensor:
     """Return the mean cosine of tokens at the same position, for every pair of rows.
 
     ``c_ab = sum_p m_ap m_bp cos(s_ap, t_bp) / sum_p m_ap m_bp``: a position counts where it is a
@@ -86,16 +104,17 @@ def token_cosines(student_LBSE: Tensor, teacher_LBSE: Tensor, mask_BS: Tensor) -
 
     Args:
         student_LBSE: Projected student states; gradients flow here.
-        teacher_LBSE: Teacher states; detached.
+        teacher_LGSE: Teacher states; detached.
         mask_BS: 1 on real tokens; every row has one at position 0.
+        mask_GS: The same of the teacher's rows, where they are not the student's.
 
     Returns:
-        Shape ``(L, B, B)``, anchors in rows, teacher rows in columns.
+        Shape ``(L, B, G)``, anchors in rows, teacher rows in columns.
     """
-    u, v = unit_tokens(student_LBSE, mask_BS), unit_tokens(teacher_LBSE.detach(), mask_BS)
-    mask_BS = mask_BS.to(u.dtype)
+    mask_GS = mask_BS if mask_GS is None else mask_GS
+    u, v = unit_tokens(student_LBSE, mask_BS), unit_tokens(teacher_LGSE.detach(), mask_GS)
     dots: Tensor = u.flatten(2) @ v.flatten(2).mT
-    return dots / (mask_BS @ mask_BS.T)
+    return dots / (mask_BS.to(u.dtype) @ mask_GS.to(u.dtype).T)
 
 
 def unit_tokens(states_LBSE: Tensor, mask_BS: Tensor) -> Tensor:

@@ -19,14 +19,17 @@ from stillroom.training.loop import CHECKPOINTS
 
 
 def require_one_process() -> None:
-    """Raise `WrongInput` where several processes were launched to train together."""
+    """Raise `WrongInput` where several processes were launched to do what one does."""
     # Without a GPU accelerate does not look at what torchrun says.
     processes = max(Accelerator().num_processes, int(os.environ.get("WORLD_SIZE", 1)))
     if processes > 1:
-        raise WrongInput(
-            f"Expected one process, found {processes}: this version trains in one. Start it without "
-            "`accelerate launch` or `torchrun`, or let them start one process."
+        error = WrongInput(
+            f"Expected one process, found {processes}: only `stillroom distill` and `stillroom finetune` "
+            "train in several that are launched together. Start it without `accelerate launch` or "
+            "`torchrun`; `stillroom compare --workers N` starts its processes itself."
         )
+        error.shared = True
+        raise error
 
 
 def trackers(run: Run, report: Report) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from stillroom import durable, encoder, methods, preflight
+from stillroom import durable, encoder, methods, preflight, processes
 from stillroom.data.soft_labels import logits_of
 from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
@@ -34,6 +34,9 @@ def distill(
 ) -> dict[str, Any]:
     """Distil the recipe's teacher into its student, and write the run folder.
 
+    Processes that were launched together (`accelerate launch`, `torchrun`) make one run; the folder is one
+    that all of them see.
+
     Args:
         recipe: What to do; None with `resume`, which reads the run's own recipe.
         output: The run folder: new or empty, or with `resume` the run to continue.
@@ -52,43 +55,49 @@ def distill(
         >>> recipe = Recipe.load(teacher="my-teacher", dataset="glue/sst2", student="layers:2,4,6")
         >>> metrics = distill(recipe, "runs/sst2")  # doctest: +SKIP
     """
-    console = console or Console(stderr=True)
-    folder = Path(output)
-    preflight.require_one_process()
-    if resume:
-        recipe = _recipe_of(folder)
-    if recipe is None:
-        raise ValueError("distill needs a recipe, or resume=True")
-    recipe = methods.resolve(recipe)
-    with contextlib.nullcontext() if dry_run else durable.locked(folder):
-        if not dry_run:
-            for place in (folder, folder / CONTROL):
-                durable.remove_leftovers(place)
-        if not resume:
-            teacher = Path("" if recipe.teacher is None else recipe.teacher.name).absolute()
-            durable.require_empty(
-                folder,
-                "Give another folder, or go on with --resume.",
-                besides=teacher if teacher.parent == folder.absolute() else None,
-            )
-        common = Common.load(recipe, console)
-        unlabelled = Parts.of(recipe, common, console)
-        checked = preflight.check(unlabelled.to_check(recipe, folder), console)
+    processes.start()
+    console, folder = processes.console(console), Path(output)
+    with processes.together():
+        given = _recipe_of(folder) if resume else recipe
+        if given is None:
+            raise ValueError("distill needs a recipe, or resume=True")
+        asked = methods.resolve(given)
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.is_main():
+                if not dry_run:
+                    held.enter_context(durable.locked(folder))
+                    for place in (folder, folder / CONTROL):
+                        durable.remove_leftovers(place)
+                if not resume:
+                    teacher = Path("" if asked.teacher is None else asked.teacher.name).absolute()
+                    durable.require_empty(
+                        folder,
+                        "Give another folder, or go on with --resume.",
+                        besides=teacher if teacher.parent == folder.absolute() else None,
+                    )
+        common = processes.main_first(lambda: Common.load(asked, console))
+        unlabelled = processes.main_first(lambda: Parts.of(asked, common, console))
+        checked = processes.on_main(lambda: preflight.check(unlabelled.to_check(asked, folder), console))
         if dry_run:
             return checked
-        parts = unlabelled.labelled(recipe, common, console)
-        recipe = parts.start(recipe, folder, console, resume=resume)
+        parts = processes.main_first(lambda: unlabelled.labelled(asked, common, console))
+        recipe = processes.on_main(lambda: parts.start(asked, folder, console, resume=resume))
         trained = parts.train(recipe, folder, console)
         control = None
         if recipe.control:
             alone, other = unlabelled.control(recipe)
             other.train(alone, folder / CONTROL, console)
             control = other.student
-        metrics = _measure(recipe, parts, trained, control, folder, console)
-        durable.write_json(folder / METRICS, metrics)
-        if recipe.teacher is not None:
-            page.write(folder)
-        return metrics
+
+        def finish() -> dict[str, Any]:
+            metrics = _measure(recipe, parts, trained, control, folder, console)
+            durable.write_json(folder / METRICS, metrics)
+            if recipe.teacher is not None:
+                page.write(folder)
+            return metrics
+
+        return processes.on_main(finish)
 
 
 def _recipe_of(folder: Path) -> Recipe:

@@ -1,5 +1,6 @@
 """Fine-tune an encoder: make a teacher."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from stillroom import durable, encoder, methods, preflight
+from stillroom import durable, encoder, methods, preflight, processes
 from stillroom.data import sources
-from stillroom.data.tokens import Tokens
+from stillroom.data.tasks import Dataset
+from stillroom.data.tokens import TokenisedRows, Tokens
+from stillroom.encoder import Encoder
 from stillroom.evaluation import cost
 from stillroom.provenance import METRICS, RECIPE, environment
 from stillroom.recipe import FinetuneRecipe, MethodSettings
@@ -21,6 +24,8 @@ def finetune(
     recipe: FinetuneRecipe, output: str | Path, *, console: Console | None = None
 ) -> dict[str, Any]:
     """Fine-tune an encoder on a data set: make a teacher.
+
+    Processes that were launched together (`accelerate launch`, `torchrun`) make one teacher.
 
     Args:
         recipe: The model, the data and the loop's settings.
@@ -35,15 +40,21 @@ def finetune(
         WrongInput: If model, data or folder are not as expected.
         RunFailed: If training cannot go on.
     """
-    console = console or Console(stderr=True)
-    folder = Path(output)
-    preflight.require_one_process()
-    with durable.locked(folder):
-        durable.require_empty(folder, "Give another folder, or remove this one.")
+    processes.start()
+    console, folder = processes.console(console), Path(output)
+
+    def load() -> tuple[Dataset, Encoder, dict[str, TokenisedRows]]:
         dataset = sources.load(recipe.dataset)
         torch.manual_seed(recipe.training.seed)
         model = encoder.load(recipe.model, dataset.task, fresh_head=True)
-        tokens = tokens_of(dataset, model, recipe.dataset.max_length, console)
+        return dataset, model, tokens_of(dataset, model, recipe.dataset.max_length, console)
+
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.is_main():
+                held.enter_context(durable.locked(folder))
+                durable.require_empty(folder, "Give another folder, or remove this one.")
+        dataset, model, tokens = processes.main_first(load)
         bf16 = use_bf16(recipe.training.precision)
         plan = methods.build(MethodSettings(name="none"), context_of(dataset, model, model))
         to_check = preflight.Run(
@@ -57,8 +68,8 @@ def finetune(
             folder / "training",
             bf16,
         )
-        preflight.check(to_check, console)
-        recipe.save(folder / RECIPE)
+        processes.on_main(lambda: preflight.check(to_check, console))
+        processes.on_main(lambda: recipe.save(folder / RECIPE))
         job = Job(
             "teacher",
             model,
@@ -73,17 +84,21 @@ def finetune(
             folder / "training",
         )
         trained = train(job, console, recipe.model_dump(mode="json"))
-        model.save(folder / "training" / "model")
-        for path in (folder / "training" / "model").iterdir():
-            path.replace(folder / path.name)
-        (folder / "training" / "model").rmdir()
-        shutil.rmtree(folder / "training" / CHECKPOINTS)
-        ms = cost.milliseconds([(model, tokens["validation"])], bf16=False)
-        found = evaluator(dataset, tokens["validation"], bf16)(model)
-        metrics = {
-            "model": {"metrics": found, **cost.of(model, folder, ms[0])},
-            "train": training_figures(trained),
-            "environment": environment(bf16=bf16),
-        }
-        durable.write_json(folder / METRICS, metrics)
-        return metrics
+
+        def finish() -> dict[str, Any]:
+            model.save(folder / "training" / "model")
+            for path in (folder / "training" / "model").iterdir():
+                path.replace(folder / path.name)
+            (folder / "training" / "model").rmdir()
+            shutil.rmtree(folder / "training" / CHECKPOINTS)
+            ms = cost.milliseconds([(model, tokens["validation"])], bf16=False)
+            found = evaluator(dataset, tokens["validation"], bf16)(model)
+            metrics = {
+                "model": {"metrics": found, **cost.of(model, folder, ms[0])},
+                "train": training_figures(trained),
+                "environment": environment(bf16=bf16),
+            }
+            durable.write_json(folder / METRICS, metrics)
+            return metrics
+
+        return processes.on_main(finish)

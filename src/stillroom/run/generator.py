@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from stillroom import durable, generator
+from stillroom import durable, generator, preflight
 from stillroom.data import sources
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import tokenise
@@ -74,6 +74,7 @@ def make(
         WrongInput: If model or folder are not as expected.
         RunFailed: If a loss is not finite.
     """
+    preflight.require_one_process()
     with durable.locked(output):
         durable.require_empty(output, "Give another folder, or remove this one.")
         torch.manual_seed(settings.seed)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from stillroom import encoder, generator, methods, preflight, provenance, student
+from stillroom import encoder, generator, methods, preflight, processes, provenance, student
 from stillroom.data import sources
 from stillroom.data.soft_labels import logits_of
 from stillroom.data.tasks import Dataset
@@ -171,7 +171,10 @@ class Parts:
             watch: Gets the metrics of each evaluation; what it raises ends the training.
         """
         live = self.live_teacher() if self.teaches else None
-        teacher = self.chosen_teacher(recipe, live, console, repeated=repeated)
+        # One process records it, the others then find it there.
+        teacher = processes.main_first(
+            lambda: self.chosen_teacher(recipe, live, console, repeated=repeated)
+        )
         name = f"{recipe.method.name} ({folder.name})"
         evaluate = evaluator(self.dataset, self.tokens.student["validation"], self.bf16, watch)
         job = Job(
@@ -190,7 +193,9 @@ class Parts:
             live,
         )
         trained = train(job, console, recipe.model_dump(mode="json"))
-        self.student.save(folder / STUDENT)
+        with processes.together():
+            if processes.is_main():
+                self.student.save(folder / STUDENT)
         return replace(trained, teacher=teacher.served())
 
     def live_teacher(self) -> LiveTeacher:

@@ -18,6 +18,7 @@ from stillroom.data.batching import Batch, Inputs
 from stillroom.encoder import Encoder, Outputs
 from stillroom.generator import Generator
 from stillroom.methods.base import Plan, Stage
+from stillroom.processes import sum_gradients
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.distiller import Augmented, Distiller, Loss
 
@@ -203,7 +204,7 @@ class Augmenter:
         with _frozen(student, training=self._rule.student_mode == "train"):
             scores = self._scores(batch, positions)
             words = mixed_words(batch.student.input_ids, positions, scores, student.words)
-            with self._autocast():
+            with self._autocast(), batch.share.own_random(4):
                 outputs: Outputs = student(batch.student, needs, words=words)
             words = mixed_words(batch.teacher.input_ids, positions, scores, self._teacher.encoder.words)
             teacher = self._teacher.of_words(batch.teacher, teacher_needs, words)
@@ -213,11 +214,14 @@ class Augmenter:
     def step(self, rate: float, share: float, *, max_norm: float) -> Tensor:
         """Move the generator, and the terms' own parameters as set; return the gradient's norm.
 
+        Where several processes train together their gradients are added up first.
+
         Args:
             rate: The student's learning rate in this step.
             share: Of its peak that this is; the generator's rate is that share of its own peak.
             max_norm: The gradient is clipped to this 2-norm.
         """
+        sum_gradients(self.trained.values())
         norm = clip_grad_norm_(self.trained.values(), max_norm)
         for group in self.optimizer.param_groups:
             # Parameters that lower a term learn as those of any term do.
@@ -230,10 +234,14 @@ class Augmenter:
         """Return logits plus Gumbel noise at `positions`, float32, shape `(n, V)`."""
         inputs = batch.student if batch.student.token_type_ids is not None else batch.teacher
         masked = with_words(inputs, positions, self._mask.expand(len(positions)))
-        with self._autocast():
+        with self._autocast(), batch.share.own_random(3):
             logits = self.generator(masked, positions)
         logits = logits[:, : self._vocabulary].float()
-        scores: Tensor = logits + gumbel_like(logits)
+        # Where several processes share a batch each word gets the noise that it would get in one.
+        noise = batch.share.own_part(
+            lambda n: gumbel_like(logits.new_empty(n, logits.shape[1])), len(logits)
+        )
+        scores: Tensor = logits + noise
         # Padding inside a text is no text; RoBERTa would even count its positions otherwise.
         scores[:, self._pad] = -torch.inf
         return scores

@@ -187,8 +187,9 @@ def _random_states() -> Weights:
         "numpy_keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).view(np.int32).copy()),
         "numpy_position": torch.tensor(position),
     }
-    for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ()):
-        states[f"cuda{i}"] = state
+    if torch.cuda.is_available():
+        # Of the device that this process uses; the same in all processes that train together.
+        states["cuda0"] = torch.cuda.get_rng_state()
     return states
 
 
@@ -198,6 +199,5 @@ def _restore_random(states: Weights, python: list[Any], numpy_gauss: list[Any]) 
     numpy_keys = states["numpy_keys"].numpy().view(np.uint32)
     np.random.set_state(("MT19937", numpy_keys, int(states["numpy_position"]), *numpy_gauss))
     torch.set_rng_state(states["torch"])
-    cuda = [states[name] for name in sorted(states) if name.startswith("cuda")]
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+    if "cuda0" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda0"])

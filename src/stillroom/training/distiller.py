@@ -51,19 +51,24 @@ class Distiller(nn.Module):
         with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=self._bf16):
             needs = self._plan.student_needs(stage)
             offset = None
+            share = batch.share
             if stage.perturb and self._plan.perturbation is not None:
-                clean = self.student(batch.student, needs | Needs(embeddings=True))
+                with share.own_random(0):
+                    clean = self.student(batch.student, needs | Needs(embeddings=True))
                 loss = self.weigh(clean, teacher, batch, stage.weights)
                 # Autocast would reach into the backward pass and round the terms' gradients too.
                 with torch.autocast(batch.labels.device.type, enabled=False):
                     (gradient,) = torch.autograd.grad(loss.total, clean.embeddings)
                 rule = self._plan.perturbation
-                offset = perturbation(gradient, epsilon=rule.epsilon, norm=rule.norm)
-            loss = self.weigh(self.student(batch.student, needs, offset), teacher, batch, stage.weights)
+                offset = perturbation(gradient, epsilon=rule.epsilon, norm=rule.norm, share=share)
+            with share.own_random(1):
+                student = self.student(batch.student, needs, offset)
+            loss = self.weigh(student, teacher, batch, stage.weights)
             if augmented is None:
                 return loss
             needs, _ = self._plan.augmented_needs(stage.augmented)
-            student = self.student(augmented.batch.student, needs)
+            with share.own_random(2):
+                student = self.student(augmented.batch.student, needs)
             more = self.weigh(student, augmented.teacher, augmented.batch, stage.augmented)
             named = {f"augmented_{name}": value for name, value in more.terms.items()}
             return Loss(loss.total + more.total, loss.terms | named)
@@ -80,10 +85,15 @@ class Distiller(nn.Module):
         return {name: values for name, values in found.items() if values}
 
     def weigh(self, student: Outputs, teacher: Outputs, batch: Batch, weights: Mapping[str, float]) -> Loss:
-        """Return the weighted sum of terms on what student and teacher computed."""
+        """Return the weighted sum of terms on what student and teacher computed.
+
+        Of a batch that several processes share, this is what this process's rows add to it.
+        """
         student = student.float()
         # Cosines and small norms are wrong in half precision: terms compute in float32.
         with torch.autocast(batch.labels.device.type, enabled=False):
             terms = {name: self.terms[name](student, teacher, batch) for name in weights}
+        if not batch.share.whole:
+            terms = {n: v * batch.share.of(self._plan.terms[n].mean_over) for n, v in terms.items()}
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return Loss(total, {name: value.detach() for name, value in terms.items()})

@@ -24,7 +24,7 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from stillroom import durable
+from stillroom import durable, processes
 from stillroom.data.batching import Batch, epoch_batches, make_batch
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows
@@ -178,6 +178,9 @@ def _first_steps(stages: Sequence[Stage], steps: int) -> list[int]:
 def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = None) -> Trained:
     """Train the job's student in place, from its newest sound checkpoint if it has one.
 
+    Processes that were launched together train one student: each computes its part of every batch and
+    of its loss, their gradients are added up, and the main process evaluates and writes.
+
     Args:
         job: What is trained. Its student holds the selected weights afterwards.
         console: Where progress and warnings go.
@@ -207,16 +210,20 @@ def _train(
     set_seed(settings.seed)
     distiller = Distiller(job.student, job.plan, bf16=job.bf16)
     optimizer = _optimizer(distiller, settings)
-    distiller, optimizer = accelerator.prepare(distiller, optimizer)
+    distiller.to(accelerator.device)
+    processes.same_start(distiller)
+    optimizer = accelerator.prepare(optimizer)
+    rank, count = processes.rank(), processes.count()
     trainable = [p for p in distiller.parameters() if p.requires_grad]
     augmenter = _augmenter(job, distiller)
 
     folder = job.folder / CHECKPOINTS
     progress, best = checkpoint.Progress(), None
-    found = checkpoint.newest_sound(folder, console)
-    if found is not None:
-        progress, best = checkpoint.restore(found, distiller, optimizer, augmenter)
-    log = _Log(job.folder / LOG, progress, folder, accelerator)
+    found = processes.on_main(lambda: checkpoint.newest_sound(folder, console))
+    with processes.together():
+        if found is not None:
+            progress, best = checkpoint.restore(found, distiller, optimizer, augmenter)
+        log = _Log(job.folder / LOG, progress, folder, accelerator)
 
     with _bar(console) as bar:
         task = bar.add_task(job.name, total=schedule.steps, completed=progress.step, rate="")
@@ -227,8 +234,8 @@ def _train(
             number, stage = schedule.stage(step)
             ascent = augmenter if augmenter and augmenter.moves_generator(step) else None
             losses: list[Loss] = []
-            for rows in group:
-                made = job.batch(rows, step)
+            for place, rows in enumerate(group, start=1):
+                made = job.batch(rows, step).part(rank, count, (settings.seed, step, place))
                 batch = made.to(accelerator.device)
                 if ascent:
                     loss = ascent.objective(batch, ascent.draw(made, step))
@@ -245,6 +252,7 @@ def _train(
                 share = rate / settings.learning_rate
                 norm = ascent.step(rate, share, max_norm=settings.max_grad_norm)
             else:
+                processes.sum_gradients(trainable)
                 norm = clip_grad_norm_(trainable, settings.max_grad_norm)
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = rate
@@ -258,21 +266,25 @@ def _train(
 
             if progress.step % settings.log_every == 0 or progress.step == schedule.steps:
                 progress.seconds += time.perf_counter() - started
-                speed = log.write(
-                    progress,
-                    epoch=schedule.epoch(progress.step),
-                    rate=rate,
-                    record=distiller.record(stage),
-                )
+                line = log.check()
+                with processes.together():
+                    speed = log.write(
+                        line,
+                        progress,
+                        epoch=schedule.epoch(progress.step),
+                        rate=rate,
+                        record=distiller.record(stage),
+                    )
                 bar.update(task, completed=progress.step, rate=f"{speed:,.0f} examples/s")
                 started = time.perf_counter()
             if progress.step in schedule.evaluation_steps:
                 progress.seconds += time.perf_counter() - started
                 log.check()
                 with whole_table(distiller.student, words):
-                    metrics = job.evaluate(distiller.student)
+                    metrics = processes.on_main(lambda: job.evaluate(distiller.student))
                 distiller.train()
-                log.write_metrics(progress.step, schedule.epoch(progress.step), metrics)
+                with processes.together():
+                    log.write_metrics(progress.step, schedule.epoch(progress.step), metrics)
                 if settings.select == "best":
                     best = _select(progress, metrics, distiller, best)
                 started = time.perf_counter()
@@ -280,9 +292,10 @@ def _train(
             if progress.step % settings.checkpoint_every == 0 or done:
                 progress.seconds += time.perf_counter() - started
                 log.check()
-                checkpoint.save(
-                    folder, distiller, optimizer, progress, best, augmenter, keep=settings.keep_checkpoints
-                )
+                keep = settings.keep_checkpoints
+                with processes.together():
+                    if processes.is_main():
+                        checkpoint.save(folder, distiller, optimizer, progress, best, augmenter, keep=keep)
                 started = time.perf_counter()
             if done:
                 break
@@ -291,7 +304,9 @@ def _train(
     if best is not None:
         distiller.student.model.load_state_dict(best)
     distiller.eval()
-    accelerator.end_training()
+    # Not end_training, which would also part the processes.
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return Trained(progress.step, progress.examples, progress.tokens, progress.seconds, progress.best_step)
 
 
@@ -358,7 +373,7 @@ def _bar(console: Console) -> Progress:
 
 
 class _Log:
-    """log.jsonl and the trackers; the only place that waits for the device."""
+    """log.jsonl and the trackers, written by the main process; the only place that waits for the device."""
 
     def __init__(
         self, path: Path, progress: checkpoint.Progress, checkpoints: Path, accelerator: Accelerator
@@ -366,42 +381,57 @@ class _Log:
         self._path, self._checkpoints, self._accelerator = path, checkpoints, accelerator
         self._pending: list[tuple[int, int, dict[str, Tensor]]] = []
         self._last = (progress.examples, progress.tokens, progress.seconds)
+        if not processes.is_main():
+            return
         kept = [line for line in _lines(path) if line["step"] <= progress.step]
         durable.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def note(self, step: int, stage: int, losses: Sequence[Loss], norm: Tensor, *, total: str) -> None:
         """Keep a step's values, averaged over its batches, on the device until they are read.
 
+        Losses are this process's parts, which `check` adds up; the norm is the same in all processes.
         `total` is `loss`, or `objective` for what a generator step raises.
         """
         values = {total: torch.stack([loss.total for loss in losses]).mean()}
         for name in losses[0].terms:
             values[name] = torch.stack([loss.terms[name] for loss in losses]).mean()
-        self._pending.append((step, stage, values | {"gradient_norm": norm.detach()}))
+        norm = norm.detach() / processes.count()
+        self._pending.append((step, stage, values | {"gradient_norm": norm}))
 
     def check(self) -> dict[str, Any]:
         """Read what is pending; raise `RunFailed` at the first value that is not finite."""
         line: dict[str, Any] = {}
+        if not self._pending:
+            return line
+        read = [torch.stack(list(values.values())) for _, _, values in self._pending]
+        found = iter(processes.total(torch.cat(read)).tolist())
         for step, stage, values in self._pending:
-            numbers = dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+            numbers = {name: next(found) for name in values}
             wrong = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
             if wrong:
                 saved = sorted(self._checkpoints.glob("step-*"))
                 good = f"The last good checkpoint is {saved[-1]}." if saved else "None was saved yet."
-                raise RunFailed(
+                error = RunFailed(
                     f"Training stopped at step {step} (stage {stage}): {', '.join(wrong)}, expected "
                     f"finite numbers. {good} Lower training.learning_rate or set "
                     "training.precision=float32 and start a new run."
                 )
+                error.shared = True
+                raise error
             line = {"step": step, "stage": stage, **numbers}
         self._pending.clear()
         return line
 
     def write(
-        self, progress: checkpoint.Progress, *, epoch: float, rate: float, record: dict[str, Any]
+        self,
+        line: dict[str, Any],
+        progress: checkpoint.Progress,
+        *,
+        epoch: float,
+        rate: float,
+        record: dict[str, Any],
     ) -> float:
-        """Append the newest step's line and return examples per second since the last one."""
-        line = self.check()
+        """Append what `check` returned of the newest step; return examples per second since the last."""
         seconds = max(progress.seconds - self._last[2], 1e-9)
         speed = (progress.examples - self._last[0]) / seconds
         line |= {
@@ -421,6 +451,8 @@ class _Log:
         self._append({"step": step, "epoch": round(epoch, 4), "validation": metrics})
 
     def _append(self, line: dict[str, Any]) -> None:
+        if not processes.is_main():
+            return
         with (
             durable.explain_full_disk(self._path),
             self._path.open("a", encoding="utf-8") as stream,
