@@ -50,7 +50,11 @@ def test_pretraining_page_lists_what_differs_with_its_default() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \|", (ROOT / "docs/pretrain.md").read_text(), re.MULTILINE)
     known, task = dict(keys(PretrainRecipe)), dict(keys(Recipe))
     assert dict(rows).items() <= known.items()
-    differ = {key for key, default in known.items() if key.startswith("t") and default != task.get(key)}
+    differ = {
+        key
+        for key, default in known.items()
+        if key.startswith(("t", "dropout")) and default != task.get(key)
+    }
     assert {key for key in differ if key != "teacher"} <= dict(rows).keys()
 
 

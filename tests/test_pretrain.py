@@ -26,6 +26,7 @@ from stillroom.methods.base import Context
 from stillroom.methods.codir import CoDIRSettings, InBatchContrast
 from stillroom.ops.info_nce import info_nce
 from stillroom.recipe import MethodSettings
+from stillroom.run.pretrain import _Parts, resolve
 from stillroom.training.masked_lm import Hiding
 from tiny import WORDS, make_encoder, make_generator, make_task, make_tokenizer
 
@@ -153,6 +154,17 @@ def test_changed_text_is_not_gone_on_with(place: Path, tmp_path: Path) -> None:
     text.write_text(text.read_text() + "\n\na film")
     with pytest.raises(WrongInput, match="The text changed since this run started"):
         pretrain(None, tmp_path / "run", resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_dropout_is_off_only_meanwhile(dropout: bool, place: Path, tmp_path: Path) -> None:
+    given = recipe(place, "minilm", "training.max_steps=1", f"dropout={str(dropout).lower()}")
+    made = _Parts.of(resolve(given), QUIET).student
+    rates = {module.p for module in made.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == ({0.1} if dropout else {0.0})
+    pretrain(given, tmp_path / "run", console=QUIET)
+    assert encoder.load_body(str(tmp_path / "run")).config.hidden_dropout_prob == 0.1
+    assert PretrainRecipe.load(tmp_path / "run" / "recipe.yaml").dropout is dropout
 
 
 def test_seeds_and_steps(place: Path, tmp_path: Path) -> None:

@@ -44,7 +44,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callabl
     return call
 
 
-@pytest.mark.slow
 def test_starts_are_compared(run: Callable[..., str], tmp_path: Path) -> None:
     printed = run()
     for name in ("kd from random", "kd from pca", "kd from checkpoint"):

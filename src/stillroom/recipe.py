@@ -454,6 +454,8 @@ class PretrainRecipe(_File):
     """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
     init: Annotated[str, Field(min_length=1)] = "auto"
     """As a recipe's `init`."""
+    dropout: bool = False
+    """Whether the student has dropout meanwhile. It always has what its family has in later trainings."""
     method: MethodSettings = MethodSettings(name="minilm")
     """The distillation method and its options."""
     training: PretrainingSettings = PretrainingSettings()

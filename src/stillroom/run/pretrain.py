@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from torch import nn
 
 from stillroom import durable, encoder, methods, preflight, provenance, student
 from stillroom.data import packed
@@ -163,6 +164,11 @@ class _Parts:
             init=recipe.init,
             tokens=text.train,
         )
+        if not recipe.dropout:
+            # The modules alone: the configuration, which is saved, stays what it is.
+            for module in made.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
         if fingerprint(made.tokenizer) != fingerprint(teacher.tokenizer):
             raise WrongInput(
                 f"The student {recipe.student} has another tokenizer than the teacher: the text is read "
