@@ -3,6 +3,7 @@
     python benchmarks/results.py --data-dir ../shared/data --work runs/results
     python benchmarks/results.py --work runs/results --json > benchmarks/results.json
     python benchmarks/results.py --markdown          the tables of docs/results.md, from that file
+    python benchmarks/results.py --work runs/results --pictures docs     docs/flow-TASK.svg
 
 Teacher: minilm-l6 fine-tuned on each task. Student: its layers 2, 4, 6. Learning rates are tuned on a
 fold of SST-2's training rows, for each method (a variant has its method's); the validation split is used
@@ -28,6 +29,7 @@ from rich.console import Console
 
 from stillroom import Comparison, FinetuneRecipe, compare, durable, finetune
 from stillroom.errors import RunFailed
+from stillroom.report import flow
 from stillroom.run import generator
 from stillroom.training import masked_lm
 
@@ -222,6 +224,17 @@ class Measurement:
         """Return where a task's comparison is kept."""
         return self.work / task / f"compare-{self.tasks[task].epochs:g}-epochs"
 
+    def draw_flows(self, folder: Path) -> list[Path]:
+        """Draw which student layer learnt from which teacher layer of a task, as a mean over its seeds."""
+        drawn = []
+        for task in self.tasks:
+            logs = (self.folder(task) / "runs").glob("*/bert-emd/*/log.jsonl")
+            runs = [log.parent for log in logs if (log.parent / "metrics.json").exists()]
+            if runs:
+                seeds = "one seed" if len(runs) == 1 else f"mean of {len(runs)} seeds"
+                drawn.append(flow.write(runs, folder / f"flow-{task}.svg", title=f"{task}, {seeds}"))
+        return drawn
+
     def figures(self) -> dict[str, Any]:
         """Return every figure of what is done."""
         found: dict[str, Any] = {
@@ -344,6 +357,9 @@ def main() -> None:
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--cache", default="auto", help="`off` computes the teacher live: faster on a GPU")
     parser.add_argument("--prepare", action="store_true", help="teachers and tuning only")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="draw the layer flow of each task there"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures of what is done")
     parser.add_argument(
         "--markdown",
@@ -378,6 +394,9 @@ def main() -> None:
     )
     if options.json:
         print(json.dumps(measurement.figures(), indent=2))
+        return
+    if options.pictures is not None:
+        print(*measurement.draw_flows(options.pictures), sep="\n")
         return
     measurement.prepare()
     if not options.prepare:
