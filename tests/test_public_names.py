@@ -15,6 +15,7 @@ def test_public_names_are_these() -> None:
         "Recipe",
         "RunFailed",
         "StillroomError",
+        "Sweep",
         "WrongInput",
         "__version__",
         "bench",
@@ -24,6 +25,7 @@ def test_public_names_are_these() -> None:
         "export",
         "finetune",
         "pretrain",
+        "sweep",
     ]
 
 

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from stillroom.deploy.latency import bench
     from stillroom.errors import RunFailed, StillroomError, WrongInput
     from stillroom.evaluation.compare import evaluate
-    from stillroom.recipe import Comparison, DatasetSettings, FinetuneRecipe, PretrainRecipe, Recipe
+    from stillroom.recipe import Comparison, DatasetSettings, FinetuneRecipe, PretrainRecipe, Recipe, Sweep
     from stillroom.run.compare import compare
     from stillroom.run.distill import distill
     from stillroom.run.finetune import finetune
     from stillroom.run.pretrain import pretrain
+    from stillroom.run.sweep import sweep
 
     __version__: str
 
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "RunFailed",
     "StillroomError",
+    "Sweep",
     "WrongInput",
     "__version__",
     "bench",
@@ -38,6 +40,7 @@ __all__ = [
     "export",
     "finetune",
     "pretrain",
+    "sweep",
 ]
 
 _HOMES = {
@@ -48,6 +51,7 @@ _HOMES = {
     "Recipe": "stillroom.recipe",
     "RunFailed": "stillroom.errors",
     "StillroomError": "stillroom.errors",
+    "Sweep": "stillroom.recipe",
     "WrongInput": "stillroom.errors",
     "bench": "stillroom.deploy.latency",
     "compare": "stillroom.run.compare",
@@ -55,6 +59,7 @@ _HOMES = {
     "evaluate": "stillroom.evaluation.compare",
     "export": "stillroom.deploy.export",
     "finetune": "stillroom.run.finetune",
+    "sweep": "stillroom.run.sweep",
     "pretrain": "stillroom.run.pretrain",
 }
 

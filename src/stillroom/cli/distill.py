@@ -15,6 +15,9 @@ EXAMPLES = frame.examples(
     "stillroom distill recipe.yaml -o runs/b --control --set training.epochs=3 --set method.temperature=2",
     "stillroom distill --teacher runs/teacher --dataset glue/mrpc --student 4x312 --init pca -o runs/c",
     "stillroom distill recipe.yaml -o runs/b --dry-run",
+    "stillroom distill recipe.yaml -o runs/c --augmented sst2.augmented.parquet",
+    "stillroom distill --dataset rows.csv --set dataset.soft_labels=probability_ --student minilm-l6 "
+    "--method kd -o runs/d",
     "stillroom distill --resume runs/b",
 )
 WHAT = "What to distil"

@@ -23,9 +23,6 @@ from stillroom.generator import Generator
 _MARKS = ("\u0120", "\u2581")
 """What byte-level BPE and SentencePiece put before the first piece of a word."""
 
-_CONTINUES = "##"
-"""What WordPiece puts before the other pieces of a word."""
-
 _MAX_LENGTH = 512
 _MAX_TOKENS = 16384
 
@@ -223,19 +220,17 @@ def whole_words(tokenizer: Any) -> tuple[list[str], Tensor]:
     """Return each token of a vocabulary as text, and which are whole words of letters, shape `(V,)`.
 
     Where the vocabulary marks the beginnings of words (byte-level BPE, SentencePiece) a whole word has
-    the mark; where it marks what continues a word (WordPiece) it lacks that.
+    the mark; where it marks what continues a word (WordPiece) that mark is no letter.
     """
     tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
     special = set(tokenizer.all_special_tokens)
     mark = next((m for m in _MARKS if any(token.startswith(m) for token in tokens)), None)
     names, allowed = [], []
     for number, token in enumerate(tokens):
-        if mark is None:
-            name, whole = token, not token.startswith(_CONTINUES)
-        else:
-            whole = token.startswith(mark)
+        name, whole = token, mark is None or token.startswith(mark)
+        if mark is not None and whole:
             # Bytes that are no ASCII letters look like others in a byte-level vocabulary.
-            name = tokenizer.decode([number]).strip() if whole else token
+            name = tokenizer.decode([number]).strip()
         names.append(name)
         allowed.append(whole and name.isalpha() and token not in special)
     return names, torch.tensor(allowed)
