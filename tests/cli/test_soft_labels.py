@@ -56,8 +56,10 @@ def test_a_checkpoint_learns_from_a_file_alone(workspace: Workspace, tmp_path: P
     logits = load(tmp_path / "run" / "predictions.parquet").logits["student"]
     most = 1 / (1 + np.exp(-np.abs(logits[:, 1] - logits[:, 0])))
     assert 0.7 < np.median(most) < 0.97
-    assert "student" in text and "report.html" not in text
-    assert not (tmp_path / "run" / "report.html").exists()
+    assert "student" in text and "report.html" in text
+    assert "taught by soft labels of a file" in (tmp_path / "run" / "report.html").read_text()
+    card = (tmp_path / "run" / "student" / "README.md").read_text()
+    assert "from soft labels of a file, by the method kd" in card
     assert "Next: stillroom evaluate" in text
 
 

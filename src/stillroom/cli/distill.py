@@ -201,6 +201,6 @@ def _show(found: dict[str, Any], folder: Path) -> None:
         table,
         f"Student: {folder / 'student'}",
         f"Numbers: {folder / 'metrics.json'}",
-        *([f"Report: {folder / 'report.html'}"] if teacher else []),
+        f"Report: {folder / 'report.html'}",
         f"Next: stillroom evaluate {models} {frame.data_options(folder)}",
     )

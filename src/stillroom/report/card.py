@@ -59,17 +59,18 @@ def _prose(run: Run) -> str:
     rows = []
     for name in run.models:
         found = metrics[name]
-        kept = metrics["teacher"]["metrics"][metric]
+        kept = metrics["teacher"]["metrics"][metric] if "teacher" in metrics else 0.0
         share = f"{100 * found['metrics'][metric] / kept:.1f} %" if kept > 0 else "-"
         values = " | ".join(f"{value:.4f}" for value in found["metrics"].values())
         rows.append(
             f"| {name} | {values} | {share} | {found['parameters'] / 1e6:.1f} "
             f"| {found['bytes'] / 1e6:.1f} |"
         )
-    names = list(metrics["teacher"]["metrics"])
+    names = list(metrics["student"]["metrics"])
     header = f"| model | {' | '.join(names)} | {metric} kept | M parameters | MB |"
     rule = "|---" * (len(names) + 4) + "|"
-    teacher = _plain(Path(recipe["teacher"]["name"]).name)
+    place = _teacher(run)
+    source = "soft labels of a file" if place is None else f"a larger one, `{_plain(place.name)}`"
     selected = recipe.get("training", {}).get("select") == "best"
     validation = f" ({len(run.kept.rows):,} rows)" if run.kept else ""
     score = run.kept is not None and run.kept.task.kind == "regression"
@@ -83,8 +84,7 @@ def _prose(run: Run) -> str:
         [
             f"# {_plain(run.folder.resolve().name)}",
             "",
-            f"A small encoder that {kind}. It was distilled with Stillroom from a larger one, "
-            f"`{teacher}`, by the method "
+            f"A small encoder that {kind}. It was distilled with Stillroom from {source}, by the method "
             f"{recipe['method']['name']} on `{_plain(recipe['dataset']['name'])}`.",
             "",
             "## What it keeps",
@@ -136,7 +136,9 @@ def _license(run: Run) -> str | None:
 
 def _base_model(run: Run) -> str | None:
     """Return a hub id: the teacher, or what it was fine-tuned from; None if none is known."""
-    teacher = Path(run.recipe["teacher"]["name"])
+    teacher = _teacher(run)
+    if teacher is None:
+        return None
     if not teacher.is_dir():
         return str(teacher) if _HUB_ID.fullmatch(str(teacher)) else None
     stated = _teacher_card(run).get("base_model")
@@ -151,9 +153,16 @@ def _base_model(run: Run) -> str | None:
     return str(stated) if known else None
 
 
+def _teacher(run: Run) -> Path | None:
+    """Return where the teacher is, None where soft labels alone taught."""
+    given = run.recipe.get("teacher")
+    return Path(given["name"]) if given else None
+
+
 def _teacher_card(run: Run) -> dict[str, Any]:
-    path = Path(run.recipe["teacher"]["name"]) / README
-    if not path.is_file():
+    place = _teacher(run)
+    path = None if place is None else place / README
+    if path is None or not path.is_file():
         return {}
     try:
         return dict(ModelCard.load(path, ignore_metadata_errors=True).data.to_dict())

@@ -76,8 +76,12 @@ def unit(metric: str) -> str:
 def headline(run: Run) -> str:
     """Return the one sentence to remember: what was kept, how much faster, and without a teacher."""
     metrics, metric = run.metrics, run.metrics["metric"]
-    goal = metrics["teacher"]["metrics"][metric]
     found = metrics["student"]["metrics"][metric]
+    if "teacher" not in metrics:
+        return (
+            f"The student, taught by soft labels of a file, has {metric} {100 * found:.1f}{unit(metric)}."
+        )
+    goal = metrics["teacher"]["metrics"][metric]
     speed = metrics["teacher"]["ms_per_example"] / metrics["student"]["ms_per_example"]
     control = metrics.get("control", {}).get("metrics", {}).get(metric)
     if not goal > 0:
@@ -183,9 +187,11 @@ def tests_table(found: Sequence[Test]) -> Table | None:
 def costs(run: Run) -> tuple[Table, Picture]:
     """Return the table of all models and exports, and the picture of quality against time."""
     metrics, metric = run.metrics, run.metrics["metric"]
-    teacher = metrics["teacher"]
-    names = list(teacher["metrics"])
-    goal, speed = teacher["metrics"][metric], teacher["ms_per_example"]
+    # Without a teacher the first model there is stands in for it.
+    first = metrics[run.models[0]]
+    names = list(first["metrics"])
+    goal = metrics["teacher"]["metrics"][metric] if "teacher" in metrics else 0.0
+    speed = first["ms_per_example"]
     columns = [
         ("model", False),
         *((f"{name}{unit(name)}", True) for name in names),

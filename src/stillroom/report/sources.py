@@ -50,9 +50,9 @@ def read_run(folder: Path) -> Run:
         )
         raise WrongInput(f"Expected a finished run, found no {METRICS} in {folder}. {remedy}")
     metrics = _json(folder / METRICS)
-    if not {"teacher", "student", "metric"} <= metrics.keys():
+    if not {"student", "metric"} <= metrics.keys():
         raise WrongInput(
-            f"Expected the metrics of a distillation, with teacher and student, found "
+            f"Expected the metrics of a distillation, with a student, found "
             f"{', '.join(metrics) or 'nothing'} in {folder / METRICS}. A teacher from stillroom finetune "
             "has no report: give the run that distilled it."
         )

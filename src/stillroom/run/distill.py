@@ -93,8 +93,7 @@ def distill(
         def finish() -> dict[str, Any]:
             metrics = _measure(recipe, parts, trained, control, folder, console)
             durable.write_json(folder / METRICS, metrics)
-            if recipe.teacher is not None:
-                page.write(folder)
+            page.write(folder)
             return metrics
 
         return processes.on_main(finish)
