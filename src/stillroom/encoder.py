@@ -9,7 +9,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stillroom import durable
 from stillroom.data.batching import Inputs
@@ -342,12 +343,12 @@ class Encoder(nn.Module):
 
         transformers' own attention is put aside for this pass only; without need it stays.
         """
-        seen = _Attention(needs)
+        model: Any = self.model
+        before = self.config._attn_implementation
+        seen = _Attention(needs, ALL_ATTENTION_FUNCTIONS.get(before, sdpa_attention_forward))
         if not needs.attention:
             yield seen
             return
-        model: Any = self.model
-        before = self.config._attn_implementation
         with quiet():
             model.set_attn_implementation(_CAPTURE)
         token = _capturing.set(seen)
@@ -392,6 +393,8 @@ class _Attention:
     """What one forward pass computes in its attention, of the blocks that are asked for."""
 
     needs: Needs
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
+    """What computes the attention where nothing is read."""
     blocks: int = 0
     """How many have called so far."""
     scores: dict[int, Tensor] = field(default_factory=dict)
@@ -414,13 +417,14 @@ def _capture(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Note what the running pass asks for, and return what transformers' sdpa attention does.
+    """Note what the running pass asks for, and return what the attention does that was put aside.
 
     Blocks call in their order. The output is not computed from the scores, so that the model's
     logits are the same bits whether attention is read or not.
     """
-    seen = _capturing.get()
+    seen, attend = _capturing.get(), sdpa_attention_forward
     if seen is not None:
+        attend = seen.attend
         seen.blocks += 1
         block, needs = seen.blocks, seen.needs
         if block in needs.queries:
@@ -431,7 +435,7 @@ def _capture(
             seen.values[block] = value
         if block in needs.attention_scores:
             seen.scores[block] = _scores(query, key, attention_mask, scaling)
-    made: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+    made: tuple[Tensor, Tensor | None] = attend(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
     )
     return made

@@ -20,7 +20,7 @@ from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Perturbation, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels, SoftLabels
 from stillroom.ops.cos_nce import cos_nce_of_cosines, other_rows, unit_tokens
-from stillroom.ops.projection import start_unturned
+from stillroom.ops.projection import project, start_unturned
 from stillroom.ops.transport import LayerMasses, MassRule, MassUpdate
 from stillroom.recipe import Settings
 
@@ -117,7 +117,8 @@ class AngularTransport(Term):
             torch.stack([outputs.hidden_states[i] for i in sorted(needs.hidden_states)])
             for outputs, needs in ((student, self.student_needs), (teacher, self.teacher_needs))
         )
-        states = (states.flatten(1, 2) @ self.projection).view(len(states), *mask_BS.shape, -1)
+        states = project(states.flatten(1, 2), self.projection, bf16=self.bf16)
+        states = states.view(len(states), *mask_BS.shape, -1)
         goals, mask_GS = share.gather(goals, 1), share.gather(mask_BS)
         cost_LM = cos_nce_costs(states, goals, mask_BS, mask_GS, first=share.start)
         # One problem for all processes: its costs are means over the whole batch.

@@ -36,7 +36,8 @@ class Term(nn.Module, ABC):
     """One unweighted part of a loss: what student and teacher compute on the same rows, compared.
 
     Projections are parameters, memory banks are buffers, so both train, move and checkpoint with
-    the term; none of it is saved with the student. Inputs are float32, autocast is off.
+    the term; none of it is saved with the student. Inputs are float32, autocast is off: only a
+    projection may be multiplied in bf16.
     """
 
     student_needs: Needs = Needs()
@@ -51,6 +52,8 @@ class Term(nn.Module, ABC):
     """What the value is a mean over. Where several processes share a batch, each gives the value of its
     own rows, and the loss is their sum, each weighed by its part of the batch's rows (tokens, pairs of
     tokens). A term that compares rows with each other meets the others' through `batch.share`."""
+    bf16: bool = False
+    """Whether projections are multiplied in bf16 (`ops.projection.project`); the loop says so."""
 
     @abstractmethod
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

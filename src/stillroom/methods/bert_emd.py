@@ -22,7 +22,7 @@ from stillroom.methods.base import Context, Method, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels
 from stillroom.ops.attention import visible
 from stillroom.ops.prediction import soft_cross_entropy
-from stillroom.ops.projection import start_unturned
+from stillroom.ops.projection import project, start_unturned
 from stillroom.ops.transport import (
     LayerMasses,
     MassRule,
@@ -94,7 +94,8 @@ class LayerTransport(Term):
         """Return the loss; the flows, and the masses that will follow, are kept for `after_step`."""
         scores = visible(_stack(student.attention_scores))
         score_goals = visible(_stack(teacher.attention_scores)).detach()
-        states = self.projection(_stack(student.hidden_states))
+        states = _stack(student.hidden_states)
+        states = project(states, self.projection.weight.T, bf16=self.bf16) + self.projection.bias
         goals = _stack(teacher.hidden_states).detach()
         score_count: Tensor | float = scores[0].numel()
         state_count: Tensor | float = goals[0].numel()

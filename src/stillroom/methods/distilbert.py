@@ -18,7 +18,7 @@ from stillroom.encoder import Needs, Outputs
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels, SoftLabels
 from stillroom.ops.cos_nce import angular_distance
-from stillroom.ops.projection import start_unturned
+from stillroom.ops.projection import project, start_unturned
 from stillroom.recipe import Settings
 
 
@@ -83,7 +83,7 @@ class LastStateDirection(Term):
         """Return the loss."""
         states = student.hidden_states[self.student_layer]
         if self.projection is not None:
-            states = states @ self.projection
+            states = project(states, self.projection, bf16=self.bf16)
         return cosine_loss(states, teacher.hidden_states[self.teacher_layer], batch.student.attention_mask)
 
 

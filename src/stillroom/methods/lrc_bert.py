@@ -29,7 +29,7 @@ from stillroom.ops.cos_nce import (
     token_cosines,
 )
 from stillroom.ops.layer_map import LayerMap, resolve_layer_map
-from stillroom.ops.projection import start_unturned
+from stillroom.ops.projection import project, start_unturned
 from stillroom.recipe import Settings
 
 
@@ -101,7 +101,7 @@ class CosNCE(Term):
         states, goals = self._read(student, self.student_layers), self._read(teacher, self.teacher_layers)
         L = len(states)
         projection = self.projection.expand(L, -1, -1)
-        states = (states.flatten(1, -2) @ projection).view_as(goals)
+        states = project(states.flatten(1, -2), projection, bf16=self.bf16).view_as(goals)
         # Anchors are this process's rows, negatives all processes'.
         everyone = share.gather(goals, 1)
         if self.settings.negatives == "bank":

@@ -21,7 +21,7 @@ from stillroom.methods.prediction import HardLabels
 from stillroom.ops.attention import visible
 from stillroom.ops.layer_map import LayerMap, resolve_layer_map
 from stillroom.ops.prediction import soft_cross_entropy
-from stillroom.ops.projection import start_unturned
+from stillroom.ops.projection import project, start_unturned
 from stillroom.recipe import Settings
 
 
@@ -113,7 +113,8 @@ class HiddenStates(Term):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the loss."""
-        states = self.projection(_stack(student.hidden_states, self.student_layers))
+        states = _stack(student.hidden_states, self.student_layers)
+        states = project(states, self.projection.weight.T, bf16=self.bf16) + self.projection.bias
         goals = _stack(teacher.hidden_states, self.teacher_layers)
         mask_BS1 = batch.student.attention_mask.to(states.dtype)[..., None]
         return layer_squares(states, goals, mask_BS1 if self.masked else None)

@@ -1,4 +1,4 @@
-"""How a projection from student to teacher width starts."""
+"""How a projection from student to teacher width starts, and how it is multiplied."""
 
 from torch import Tensor, nn
 
@@ -23,3 +23,27 @@ def start_unturned(matrix: Tensor) -> None:
         nn.init.eye_(matrix)
     else:
         nn.init.orthogonal_(matrix)
+
+
+def project(states: Tensor, matrix: Tensor, *, bf16: bool) -> Tensor:
+    """Return ``states @ matrix`` in the dtype of the states, multiplied in it or in bf16.
+
+    Where the loop computes in bf16, so does the projection: it is one more linear layer on states that
+    bf16 products made, and as large as a block of a small student. What is compared with its result is
+    float32. Gradients flow to both, and are multiplied in bf16 as well.
+
+    Args:
+        states: Shape ``(..., S, D)``, float32.
+        matrix: Shape ``(..., D, E)``, float32.
+        bf16: Whether to round both to bf16 before, and the result after the product.
+
+    Returns:
+        Shape ``(..., S, E)``.
+
+    Example:
+        >>> project(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.5]]), bf16=True).tolist()
+        [[4.0]]
+    """
+    if not bf16:
+        return states @ matrix
+    return (states.bfloat16() @ matrix.bfloat16()).to(states.dtype)

@@ -36,6 +36,8 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.terms = nn.ModuleDict(dict(plan.terms))
+        for term in plan.terms.values():
+            term.bf16 = bf16
         self._plan = plan
         self._bf16 = bf16
 

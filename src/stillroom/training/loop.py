@@ -38,6 +38,8 @@ from stillroom.teacher.live import LiveTeacher
 from stillroom.training import checkpoint
 from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller, Loss
+from stillroom.training.dropout import quick_dropout
+from stillroom.training.memory import keep_freed_memory
 from stillroom.training.vocabulary import Vocabulary, trained_words, whole_table
 
 LOG = "log.jsonl"
@@ -193,9 +195,10 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
         RunFailed: If a loss or gradient is not finite, naming step, term and last good checkpoint,
             or if the disk is full.
     """
+    keep_freed_memory()
     # A generator may write any word.
     ids = None if job.plan.augmentation or job.any_word else job.student_tokens.ids
-    with trained_words(job.student, ids) as words:
+    with trained_words(job.student, ids) as words, quick_dropout(job.student):
         return _train(job, words, console, tracker_config)
 
 
