@@ -102,7 +102,8 @@ def test_without_dropout_every_family_computes_the_same_bits(family: str) -> Non
         first, second = (student.train()(batch.student, needs).logits for _ in range(2))
     assert torch.equal(before.logits, within.logits)
     assert torch.equal(before.hidden_states[1], within.hidden_states[1])
-    assert not torch.equal(first, second)
+    # ModernBERT's configuration has no dropout.
+    assert torch.equal(first, second) == (family == "modernbert")
     assert list(student.modules()) == modules and all(m.training for m in modules)
 
 
