@@ -14,7 +14,8 @@ rows, batches of 32, ten epochs, two threads. Sides, in turn and each in a fresh
 - dynamic: the same, each batch padded to its longest row.
 - trainer: transformers' Trainer with the same losses, padding as it does by default (dynamic).
 
-An epoch of a peer costs what its next one costs, so one is timed and multiplied. Each side has the
+An epoch of a peer costs what its next one costs, so one is timed and multiplied; with --peer-rows, one of
+so many rows that are spread evenly over all. Each side runs on the GPU where there is one, and has the
 precision that it has by default. Models start at random: time does not depend on weights. Ratios are of
 medians over rounds; below 1, Stillroom is the slower one.
 """
@@ -44,6 +45,7 @@ from toys import (
 
 TEACHER = (12, 768, 12)
 STUDENT = (4, 312, 12)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = {1: 3, 2: 6, 3: 9, 4: 12}
 """Teacher layer of each student layer; 0 would be the embeddings."""
 BATCH_SIZE = 32
@@ -81,28 +83,29 @@ def models(work: Path) -> tuple[nn.Module, nn.Module]:
     teacher, student = (
         AutoModelForSequenceClassification.from_pretrained(work / name) for name in ("teacher", "student")
     )
-    return teacher.eval().requires_grad_(False), student.train()
+    return teacher.eval().requires_grad_(False).to(DEVICE), student.train().to(DEVICE)
 
 
-def tokenised(work: Path, **padding: Any) -> tuple[Any, Any]:
-    """Return the tokenizer and the rows as transformers' tools take them."""
+def tokenised(work: Path, count: int, **padding: Any) -> tuple[Any, Any]:
+    """Return the tokenizer and `count` rows, spread over all, as transformers' tools take them."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(work / "student")
     rows = load_dataset("csv", data_files=str(work / "rows" / "train.csv"), split="train")
+    rows = rows.select(range(0, len(rows), max(1, len(rows) // count))[:count])
     rows = rows.map(
         lambda chunk: tokenizer(chunk["sentence"], truncation=True, max_length=128, **padding), batched=True
     )
     return tokenizer, rows.rename_column("label", "labels").remove_columns(["sentence"])
 
 
-def textbrewer(work: Path, *, fixed: bool) -> float:
+def textbrewer(work: Path, count: int, *, fixed: bool) -> float:
     """Return the seconds of one epoch of TextBrewer."""
     from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
     from transformers import DataCollatorWithPadding
 
-    tokenizer, rows = tokenised(work, **({"padding": "max_length"} if fixed else {}))
+    tokenizer, rows = tokenised(work, count, **({"padding": "max_length"} if fixed else {}))
     collate = DataCollatorWithPadding(tokenizer)
     # TextBrewer hands a dict's values over by name; transformers' batch is none.
     loader = DataLoader(
@@ -130,7 +133,7 @@ def textbrewer(work: Path, *, fixed: bool) -> float:
     ]
     with tempfile.TemporaryDirectory(dir=work) as folder:
         distiller = GeneralDistiller(
-            TrainingConfig(device="cpu", output_dir=folder),
+            TrainingConfig(device=DEVICE, output_dir=folder),
             DistillationConfig(temperature=TEMPERATURE, intermediate_matches=matches),
             teacher,
             student,
@@ -141,14 +144,15 @@ def textbrewer(work: Path, *, fixed: bool) -> float:
         start = time.perf_counter()
         with distiller:
             distiller.train(optimizer, loader, num_epochs=1, max_grad_norm=1.0, output_hidden_states=True)
+        finish()
         return time.perf_counter() - start
 
 
-def trainer(work: Path) -> float:
+def trainer(work: Path, count: int) -> float:
     """Return the seconds of one epoch of a Trainer whose loss asks the teacher."""
     from transformers import Trainer, TrainingArguments
 
-    tokenizer, rows = tokenised(work)
+    tokenizer, rows = tokenised(work, count)
     teacher, student = models(work)
     student.projections = nn.ModuleList(nn.Linear(STUDENT[1], TEACHER[1]) for _ in LAYERS)
 
@@ -177,25 +181,33 @@ def trainer(work: Path) -> float:
             learning_rate=1e-4,
             save_strategy="no",
             report_to=[],
-            use_cpu=True,
+            use_cpu=DEVICE == "cpu",
             disable_tqdm=True,
             remove_unused_columns=False,
         )
         peer = Distilling(student, arguments, train_dataset=rows, processing_class=tokenizer)
         start = time.perf_counter()
         peer.train()
+        finish()
         return time.perf_counter() - start
 
 
-def one_side(side: str, work: Path) -> float:
+def finish() -> None:
+    """Wait for what the GPU still has to do."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def one_side(side: str, work: Path, count: int) -> float:
     if side.startswith("stillroom"):
         return stillroom(work, int(side.split("_")[1]))
-    return trainer(work) if side == "trainer" else textbrewer(work, fixed=side == "fixed")
+    return trainer(work, count) if side == "trainer" else textbrewer(work, count, fixed=side == "fixed")
 
 
-def summary(seconds: dict[str, list[float]], rows: int) -> dict[str, object]:
+def summary(seconds: dict[str, list[float]], rows: int, peer_rows: int) -> dict[str, object]:
     """Return seconds, rates and ratios; a peer's epoch counts as often as the run has epochs."""
-    middle = {side: statistics.median(found) for side, found in seconds.items()}
+    whole = {side: 1.0 if side.startswith("stillroom") else rows / peer_rows for side in seconds}
+    middle = {side: statistics.median(found) * whole[side] for side, found in seconds.items()}
     ratios: dict[str, float] = {}
     for peer in ("fixed", "dynamic", "trainer"):
         ratios[f"ratio_{peer}"] = round(10 * middle[peer] / middle["stillroom_10"], 2)
@@ -204,6 +216,7 @@ def summary(seconds: dict[str, list[float]], rows: int) -> dict[str, object]:
     return {
         "machine": machine() | {"threads": THREADS},
         "rows": rows,
+        "peer_rows": peer_rows,
         "rows_per_second": {side: round(rows * epochs[side] / middle[side], 2) for side in SIDES},
         "seconds": {side: [round(value, 2) for value in found] for side, found in seconds.items()},
         **ratios,
@@ -215,13 +228,16 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds glue/sst2/train.parquet")
     parser.add_argument("--work", type=Path, required=True, help="for models, rows and what is measured")
     parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument(
+        "--peer-rows", type=int, help="rows of a peer's epoch, then multiplied; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="how often each side is timed")
     parser.add_argument("--json", action="store_true", help="print only the results")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    work = options.work.absolute()
+    work, peer_rows = options.work.absolute(), min(options.peer_rows or options.rows, options.rows)
     if options.side:
-        print(json.dumps(one_side(options.side, work)))
+        print(json.dumps(one_side(options.side, work, peer_rows)))
         return
     work.mkdir(parents=True, exist_ok=True)
     make_model(work / "teacher", *TEACHER)
@@ -232,11 +248,12 @@ def main() -> None:
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side in SIDES:
-            given = ["--data-dir", options.data_dir, "--work", work, "--side", side]
+            given = ["--data-dir", options.data_dir, "--work", work, "--rows", options.rows]
+            given += ["--peer-rows", peer_rows, "--side", side]
             seconds[side].append(in_process(__file__, given, threads=THREADS))
             if not options.json:
                 print(f"{side}: {seconds[side][-1]:.1f} s", flush=True)
-    print(json.dumps(summary(seconds, options.rows), indent=2))
+    print(json.dumps(summary(seconds, options.rows, peer_rows), indent=2))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ def machine() -> dict[str, object]:
     return {
         "processor": processor,
         "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "bf16_instructions": torch.cpu._is_avx512_bf16_supported(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),

@@ -14,8 +14,9 @@ so that padding, optimiser, norms and reading count as waste. Measured:
 - perturbed: the same with perturbation, which adds a forward pass and the half of a backward pass that
   leads to the embeddings.
 
-The rate is that of torch's own products of large square matrices in the precision that training has here
-(bf16 where the processor computes it, else float32: the result says which), measured beside each figure.
+The rate is that of the fastest of torch's own products, of square matrices and of such as a layer has, in
+the precision that training has here (bf16 where the device computes it, else float32: the result says
+which), measured before and after each figure. On a GPU where there is one.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peers import LAYERS, STUDENT, TEACHER
+from peers import DEVICE, LAYERS, STUDENT, TEACHER, finish
 from rich.console import Console
 from toys import in_process, let_teacher_solve, machine, make_model, make_rows, recipe_overrides
 
@@ -58,14 +59,20 @@ def operations(side: str, lengths: np.ndarray) -> float:
 
 
 def product_rate(bf16: bool) -> float:
-    """Return operations a second of the best of some products of 2048 x 2048 matrices."""
-    a, b = (torch.randn(2048, 2048, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds)
+    """Return operations a second of the best of some products: square ones, and such as a layer has."""
+    device, dtype = DEVICE, torch.bfloat16 if bf16 else torch.float32
+    sizes = [(n, n, n) for n in (512, 1024, 2048, *((8192,) if device == "cuda" else ()))]
+    rates = []
+    for rows, inner, columns in [*sizes, (1024, 768, 3072), (1024, 312, 1248)]:
+        a = torch.randn(rows, inner, dtype=dtype, device=device)
+        b = torch.randn(columns, inner, dtype=dtype, device=device).T
+        for _ in range(8):
+            finish()
+            start = time.perf_counter()
+            a @ b
+            finish()
+            rates.append(2 * rows * inner * columns / (time.perf_counter() - start))
+    return max(rates)
 
 
 def tokens_of(work: Path) -> TokenisedRows:
@@ -89,12 +96,13 @@ def teacher_pass(work: Path, bf16: bool) -> float:
     from stillroom.data.batching import pad, sequential_batches
     from stillroom.encoder import Needs
 
-    tokens, teacher = tokens_of(work), encoder.load(str(work / "teacher"))
+    tokens, teacher = tokens_of(work), encoder.load(str(work / "teacher")).to(DEVICE)
     needs = Needs(logits=True, hidden_states=frozenset(LAYERS.values()))
     start = time.perf_counter()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
         for rows in sequential_batches(tokens.lengths, batch_size=BATCH_SIZE):
-            teacher(pad(tokens, rows), needs)
+            teacher(pad(tokens, rows).to(torch.device(DEVICE)), needs)
+    finish()
     return time.perf_counter() - start
 
 

@@ -196,7 +196,8 @@ def test_training_reduces_the_loss(tmp_path: Path, method: str, term: str, facto
     job = make_job(tmp_path, method=method, **settings)
     assert run(job).steps == 72
     values = [line[term] for line in steps_of(job)]
-    assert np.mean(values[-6:]) < factor * np.mean(values[:6])
+    # Medians: dropout may spoil one small batch.
+    assert np.median(values[-6:]) < factor * np.median(values[:6])
 
 
 @pytest.mark.parametrize("options", [{}, {"vector": "mean", "negatives": "bank"}])
