@@ -1,5 +1,6 @@
 """The perturbation of embeddings, alone and inside a step."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -208,10 +209,11 @@ def gradient_of_embeddings(
     return seen[0]
 
 
-def test_terms_are_differentiated_in_float32_under_autocast() -> None:
+def test_terms_are_differentiated_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autograd inside autocast runs the terms' float32 products in bf16, at a thousandth's precision.
 
-    The encoder here is an embedding table, which autocast leaves alone: only the term can differ.
+    The encoder here is an embedding table, which autocast leaves alone: only the term can differ. Its
+    projection, which is multiplied in bf16 on purpose, is kept in float32.
     """
 
     class Table(torch.nn.Module):
@@ -224,6 +226,9 @@ def test_terms_are_differentiated_in_float32_under_autocast() -> None:
             state = embeddings if offset is None else embeddings + offset
             return Outputs(torch.empty(0), {1: state}, embeddings)
 
+    monkeypatch.setattr(
+        sys.modules["stillroom.methods.lrc_bert"], "project", lambda states, matrix, bf16: states @ matrix
+    )
     torch.manual_seed(0)
     table = Table()
     context = Context("classification", 2, 6, 1, 8, 1, 24)
