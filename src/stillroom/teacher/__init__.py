@@ -18,5 +18,11 @@ class Teacher(Protocol):
     def served(self) -> dict[str, Any]:
         """Return which outputs were recorded, with bytes and seconds, as `metrics.json` shows it."""
 
+    def read(self, batch: Batch, needs: Needs) -> Outputs | None:
+        """Return what `needs` names if no model has to be run for it, on the CPU and as it is stored.
+
+        May be called from any thread, beside a step that computes.
+        """
+
     def __call__(self, batch: Batch, needs: Needs) -> Outputs:
         """Return what `needs` names for the batch's rows, detached, in float32."""

@@ -1,16 +1,37 @@
 """The teacher as the model itself: frozen, in evaluation mode, computed anew for each batch."""
 
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from stillroom.data.batching import Batch, Inputs
-from stillroom.encoder import Encoder, Needs, Outputs
+from stillroom.encoder import Encoder, Needs, Outputs, quiet
+
+_EVEN = "stillroom-even"
+_LANES, _TILE = 16, 4
+"""Numbers of float32 that a processor adds at once, and rows that its products take at once."""
+
+_Key = TypeVar("_Key")
 
 
 class LiveTeacher:
-    """Calls the teacher on a batch. It is no `nn.Module`, so that nothing trains or saves it."""
+    """Calls the teacher on a batch. It is no `nn.Module`, so that nothing trains or saves it.
+
+    In float32 on a CPU a row's outputs are the same bits whatever rows share its batch, so that a
+    recording, whose batches are others, holds them exactly. Two things depend on a batch otherwise
+    (docs/LOG.md, 2026-11-26): a softmax over fewer keys than a whole number of vectors adds them in
+    another order, so that queries and keys are padded to a multiple of 16 inside the attention; and a
+    product of fewer than 4 rows for each thread takes another path, so that smaller batches are filled up.
+    That holds for models whose attention goes through transformers' sdpa.
+    """
 
     def __init__(self, encoder: Encoder, *, device: torch.device, bf16: bool):
         self.encoder = encoder.to(device).eval().requires_grad_(False)
@@ -26,18 +47,106 @@ class LiveTeacher:
         """Return that nothing was recorded, as `metrics.json` shows it."""
         return {"recorded": [], "bytes": 0, "recording_seconds": 0.0}
 
+    def read(self, batch: Batch, needs: Needs) -> Outputs | None:
+        """Return None: everything is computed."""
+        return None
+
     @torch.no_grad()
     def __call__(self, batch: Batch, needs: Needs) -> Outputs:
         """Return what `needs` names for the batch's rows, detached, in float32.
 
         A stage that needs nothing of the teacher costs nothing.
         """
-        return self.of_words(batch.teacher, needs, None)
+        rows = len(batch.teacher.input_ids)
+        least = _TILE * torch.get_num_threads()
+        if not self._even or rows >= least or needs == Needs():
+            return self.of_words(batch.teacher, needs, None)
+        return _first(rows, self.of_words(_filled(batch.teacher, least), needs, None))
 
     def of_words(self, inputs: Inputs, needs: Needs, words: Tensor | None) -> Outputs:
         """Return the same with a gradient to `words`, which stand for the rows' word embeddings."""
         if needs == Needs():
             return Outputs(torch.empty(0, device=self._device))
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16), self._even_attention():
             outputs: Outputs = self.encoder(inputs, needs, words=words)
         return outputs.float()
+
+    @property
+    def _even(self) -> bool:
+        return self._device.type == "cpu" and not self.bf16
+
+    @contextmanager
+    def _even_attention(self) -> Iterator[None]:
+        model: Any = self.encoder.model
+        before = self.encoder.config._attn_implementation
+        if not self._even or before != "sdpa":
+            yield
+            return
+        with quiet():
+            model.set_attn_implementation(_EVEN)
+        try:
+            yield
+        finally:
+            with quiet():
+                model.set_attn_implementation(before)
+
+
+def _even(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Return what transformers' sdpa attention does, computed on a multiple of 16 tokens."""
+    tokens = query.shape[2]
+    more = -tokens % _LANES
+    if not more or key.shape[2] != tokens:
+        made: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **others
+        )
+        return made
+    if attention_mask is None:
+        attention_mask = query.new_ones((1, 1, tokens, tokens), dtype=torch.bool)
+    least = False if attention_mask.dtype == torch.bool else -math.inf
+    mask = F.pad(attention_mask, (0, more, 0, 0), value=least)
+    # Queries of padding look at what the last token looks at: of nothing there is no softmax.
+    mask = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, more, -1)], dim=2)
+    query, key, value = (F.pad(states, (0, 0, 0, more)) for states in (query, key, value))
+    mixed, weights = sdpa_attention_forward(module, query, key, value, mask, **others)
+    return mixed[:, :tokens], weights
+
+
+AttentionInterface.register(_EVEN, _even)
+AttentionMaskInterface.register(_EVEN, sdpa_mask)
+
+
+def _filled(inputs: Inputs, count: int) -> Inputs:
+    """Return `count` rows: those of the batch, then its first one as often as it takes."""
+
+    def filled(values: Tensor) -> Tensor:
+        return torch.cat([values, values[:1].expand(count - len(values), -1)])
+
+    types = inputs.token_type_ids
+    return Inputs(
+        filled(inputs.input_ids), filled(inputs.attention_mask), None if types is None else filled(types)
+    )
+
+
+def _first(count: int, outputs: Outputs) -> Outputs:
+    """Return the outputs of the first rows."""
+
+    def first(tensors: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
+        return {key: tensor[:count] for key, tensor in tensors.items()}
+
+    return Outputs(
+        outputs.logits[:count],
+        first(outputs.hidden_states),
+        None if outputs.embeddings is None else outputs.embeddings[:count],
+        first(outputs.attention_scores),
+        first(outputs.queries),
+        first(outputs.keys),
+        first(outputs.values),
+        first(outputs.pooled_states),
+    )

@@ -94,9 +94,9 @@ class RecordedTeacher:
 
     Same call as `LiveTeacher`. What is read is what the recording pass computed, bit for bit in
     float32, rounded to bf16 (logits are not) where bf16 autocast computes the teacher. The pass has
-    other batches than training, and a matrix product of another shape may round otherwise: on one
-    processor the two teachers agree to float32 rounding (1e-5 of the values' size), exactly where the
-    kernels round every row alike. Positions of padding are 0, in attention scores the least number.
+    other batches than training; in float32 on a CPU `LiveTeacher` gives a row the same bits in all of
+    them, elsewhere the two teachers agree to rounding. Positions of padding are 0, in attention scores
+    the least number.
 
     Rows are found by their tokens, once for the whole split: a step looks them up by `row_ids`, and
     compares the tokens, so that a batch of other rows is refused.
@@ -132,8 +132,8 @@ class RecordedTeacher:
     def __call__(self, batch: Batch, needs: Needs) -> Outputs:
         """Return what `needs` names for the batch's rows, detached, in float32.
 
-        Where nothing is left to compute the model is not run; it may be called from any thread. A batch
-        on a GPU costs one copy of its row and token ids to the host.
+        Where nothing is left to compute the model is not run. A batch on a GPU costs one copy of its row
+        and token ids to the host: the loop has `read` it before, on the host.
 
         Raises:
             WrongInput: If a row is not of the split that was recorded.
@@ -143,17 +143,31 @@ class RecordedTeacher:
         outputs = self._live(batch, needs_of(column for column in columns if column not in self.kept))
         if not recorded:
             return outputs
+        read = self._read(batch, recorded, outputs)
+        return read.on(batch.teacher.input_ids.device)
+
+    def read(self, batch: Batch, needs: Needs) -> Outputs | None:
+        """Return what `needs` names as it is stored, on the CPU, or None if the model has to be run for it.
+
+        May be called from any thread. Raises `WrongInput` if a row is not of the split that was recorded.
+        """
+        columns = columns_of(needs)
+        if not columns or not self.kept.issuperset(columns):
+            return None
+        return self._read(batch, columns, Outputs(torch.empty(0)))
+
+    def _read(self, batch: Batch, columns: Sequence[Column], outputs: Outputs) -> Outputs:
+        """Return `outputs` with the recorded columns beside them."""
         inputs, rows = batch.teacher, batch.row_ids.cpu().numpy()
         self._require_recorded(inputs, rows)
         lengths = self._tokens.lengths[rows].tolist()
-        width, device = inputs.input_ids.shape[1], inputs.input_ids.device
+        width = inputs.input_ids.shape[1]
         found: dict[str, Any] = {
             name: getattr(outputs, name) for name in _ORDER if getattr(outputs, name, None) is not None
         }
-        for column in recorded:
+        for column in columns:
             values = self._located[column].take(rows)
             tensor = _padded(column, values, lengths, width, self._live.encoder.heads)
-            tensor = tensor.to(device, non_blocking=True).float()
             if column.index is None:
                 found[column.field] = tensor
             else:

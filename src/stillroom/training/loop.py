@@ -28,7 +28,7 @@ from stillroom import durable, processes
 from stillroom.data.batching import Batch, epoch_batches, make_batch
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows
-from stillroom.encoder import Encoder
+from stillroom.encoder import Encoder, Outputs
 from stillroom.errors import RunFailed
 from stillroom.generator import Generator
 from stillroom.methods.base import Plan, Stage
@@ -36,6 +36,7 @@ from stillroom.recipe import TrainingSettings
 from stillroom.teacher import Teacher
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training import checkpoint
+from stillroom.training.ahead import ahead
 from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller, Loss
 from stillroom.training.dropout import quick_dropout
@@ -216,7 +217,6 @@ def _train(
     distiller.to(accelerator.device)
     processes.same_start(distiller)
     optimizer = accelerator.prepare(optimizer)
-    rank, count = processes.rank(), processes.count()
     trainable = [p for p in distiller.parameters() if p.requires_grad]
     augmenter = _augmenter(job, distiller)
 
@@ -231,19 +231,22 @@ def _train(
     with _bar(console) as bar:
         task = bar.add_task(job.name, total=schedule.steps, completed=progress.step, rate="")
         steps = schedule.from_step(progress.step) if not _stopped(progress, settings) else iter(())
+        numbered = enumerate(steps, start=progress.step)
         started = time.perf_counter()
         distiller.train()
-        for step, group in enumerate(steps, start=progress.step):
+        for step, group in ahead(lambda given: _prepare(job, schedule, augmenter, *given), numbered):
             number, stage = schedule.stage(step)
             ascent = augmenter if augmenter and augmenter.moves_generator(step) else None
             losses: list[Loss] = []
-            for place, rows in enumerate(group, start=1):
-                made = job.batch(rows, step).part(rank, count, (settings.seed, step, place))
+            for rows, made, read in group:
                 batch = made.to(accelerator.device)
                 if ascent:
                     loss = ascent.objective(batch, ascent.draw(made, step))
                 else:
-                    teacher = job.teacher and job.teacher(batch, job.plan.teacher_needs(stage))
+                    if read is not None:
+                        teacher: Any = read.on(accelerator.device)
+                    else:
+                        teacher = job.teacher and job.teacher(batch, job.plan.teacher_needs(stage))
                     augmented = augmenter and augmenter.augment(batch, augmenter.draw(made, step), stage)
                     loss = distiller(batch, teacher, stage, augmented)
                 accelerator.backward(loss.total / len(group))
@@ -311,6 +314,24 @@ def _train(
     for tracker in accelerator.trackers:
         tracker.finish()
     return Trained(progress.step, progress.examples, progress.tokens, progress.seconds, progress.best_step)
+
+
+def _prepare(
+    job: Job, schedule: Schedule, augmenter: Augmenter | None, step: int, group: Sequence[np.ndarray]
+) -> tuple[int, list[tuple[np.ndarray, Batch, Outputs | None]]]:
+    """Return a step's row numbers, batches, and what is recorded of the teacher, all on the CPU.
+
+    Runs in a thread beside an earlier step. Nothing here draws from a generator that the step uses.
+    """
+    ascent = augmenter is not None and augmenter.moves_generator(step)
+    needs = job.plan.teacher_needs(schedule.stage(step)[1])
+    prepared = []
+    for place, rows in enumerate(group, start=1):
+        share = (processes.rank(), processes.count(), (job.settings.seed, step, place))
+        made = job.batch(rows, step).part(*share)
+        read = None if ascent or job.teacher is None else job.teacher.read(made, needs)
+        prepared.append((rows, made, read))
+    return step, prepared
 
 
 def use_bf16(precision: str) -> bool:
