@@ -145,6 +145,38 @@ def test_a_killed_comparison_goes_on_to_the_same_figures(
 
 
 @pytest.mark.slow
+def test_two_comparisons_at_once_share_a_cache_and_find_what_one_alone_finds(
+    workspace: Workspace, compared: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Each reads while the other may still record; float32, so that the figures are the same to the bit."""
+    cache = tmp_path / "recording"
+    arguments = [
+        [sys.executable, "-m", "stillroom.cli", *command(workspace, tmp_path / name, "--json")]
+        + ["--set", f"teacher.cache={cache}"]
+        for name in ("first", "second")
+    ]
+    environment = os.environ | {"STILLROOM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(given, env=environment, **pipes) for given in arguments]
+    printed = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    found = [without_folders(without_times(json.loads(output))) for output, _ in printed]
+    assert found[0] == found[1] == without_folders(without_times(compared[1]))
+    # One of them recorded, once.
+    rows = [shard.name for shard in cache.glob("shard-*")]
+    assert len(rows) == len(set(rows)) == 1
+
+
+def without_folders(found: Any) -> Any:
+    """Drop where each comparison lies, and what is only in one whose cache was named."""
+    if isinstance(found, dict):
+        return {
+            key: without_folders(value) for key, value in found.items() if key not in ("folder", "teacher")
+        }
+    return found
+
+
+@pytest.mark.slow
 def test_two_workers_do_each_run_once(workspace: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     result = run(*command(workspace, folder, "--workers", "2", "--json", seeds=3))
