@@ -104,6 +104,8 @@ class TrainingSettings(Settings):
     """Gradients of student and terms together are clipped to this 2-norm."""
     precision: Precision = "auto"
     """`bf16` autocast, `float32`, or `auto`: bf16 where the device computes it fast."""
+    compile: bool = False
+    """Compile the student's blocks (`torch.compile`): slow to start, then quicker on some devices."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of row order, dropout and everything that starts at random."""
     evaluate_every: Annotated[float, Field(gt=0)] = 1.0

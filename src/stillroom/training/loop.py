@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from stillroom.teacher.live import LiveTeacher
 from stillroom.training import checkpoint
 from stillroom.training.ahead import ahead
 from stillroom.training.augmentation import Augmenter
+from stillroom.training.compiling import compiled_blocks, require_compilable
 from stillroom.training.distiller import Distiller, Loss
 from stillroom.training.dropout import quick_dropout
 from stillroom.training.memory import keep_freed_memory
@@ -199,7 +201,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
     keep_freed_memory()
     # A generator may write any word.
     ids = None if job.plan.augmentation or job.any_word else job.student_tokens.ids
-    with trained_words(job.student, ids) as words, quick_dropout(job.student):
+    with trained_words(job.student, ids) as words, _quicker(job):
         return _train(job, words, console, tracker_config)
 
 
@@ -314,6 +316,17 @@ def _train(
     for tracker in accelerator.trackers:
         tracker.finish()
     return Trained(progress.step, progress.examples, progress.tokens, progress.seconds, progress.best_step)
+
+
+def _quicker(job: Job) -> AbstractContextManager[None]:
+    """Return what makes the student's steps quicker while it lasts."""
+    if not job.settings.compile:
+        return quick_dropout(job.student)
+    needs = [job.plan.student_needs(stage) for stage in job.plan.stages]
+    needs += [job.plan.augmented_needs(stage.augmented)[0] for stage in job.plan.stages]
+    for need in needs:
+        require_compilable(job.student, need, Accelerator().device)
+    return compiled_blocks(job.student)
 
 
 def _prepare(
