@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from stillroom.evaluation.held_out import linear_cka
 from stillroom.methods.base import Context
 from stillroom.methods.codir import CoDIRSettings, InBatchContrast
 from stillroom.ops.info_nce import info_nce
+from stillroom.processes import Share
 from stillroom.recipe import MethodSettings
 from stillroom.run.pretrain import _Parts, resolve
 from stillroom.training.masked_lm import Hiding
@@ -339,7 +341,7 @@ def pooled(depth: int, width: int, seed: int) -> Outputs:
 @pytest.mark.parametrize("direction", ["student_anchor", "teacher_anchor", "symmetric"])
 def test_in_batch_contrast_is_infonce_over_the_other_rows(direction: str) -> None:
     term, student_out, teacher_out = contrast(direction), pooled(2, 16, 1), pooled(4, 24, 2)
-    batch: Any = None
+    batch: Any = SimpleNamespace(share=Share())
     found = term(student_out, teacher_out, batch)
 
     def vectors(outputs: Outputs, projection: Any) -> list[list[float]]:
@@ -375,7 +377,7 @@ def test_in_batch_negatives_get_no_gradient() -> None:
     z_s, z_t = unit(term.student_projection(joined[0])), unit(term.teacher_projection(joined[1]))
     negatives = torch.stack([z_t[[j for j in range(4) if j != b]] for b in range(4)])
     want = info_nce(z_s, z_t, negatives, temperature=0.5).mean()
-    found = term(s, t, None)
+    found = term(s, t, SimpleNamespace(share=Share()))
     assert torch.allclose(found, want)
     for state in t.pooled_states.values():
         grads = [torch.autograd.grad(loss, state, retain_graph=True)[0] for loss in (found, want)]

@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from stillroom import distill, processes
+from stillroom import PretrainRecipe, distill, pretrain, processes
 from stillroom.data import sources
 from stillroom.errors import RunFailed, StillroomError, WrongInput
 from stillroom.recipe import Recipe
 from stillroom.teacher import recorded
 from stillroom.training import checkpoint
 from stillroom.training.loop import Job, train
-from tiny import make_dataset, make_job, make_teacher
+from tiny import WORDS, make_dataset, make_generator, make_job, make_teacher
 
 QUIET = Console(quiet=True)
 GENERATOR = {"generator": "tiny", "n_generator": 2, "n_student": 2, "generator_learning_rate": 5e-5}
@@ -138,6 +139,24 @@ def recipe(folder: Path) -> Recipe:
     )
 
 
+def pretraining(folder: Path) -> PretrainRecipe:
+    """Return a distillation of a masked language model on text, without dropout."""
+    chance = np.random.default_rng(0)
+    texts = [" ".join(chance.choice(WORDS, size=20)) for _ in range(40)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    teacher = make_generator(width=24)
+    teacher.model.config.hidden_dropout_prob = teacher.model.config.attention_probs_dropout_prob = 0.0
+    teacher.save(folder / "lm")
+    return PretrainRecipe.load(
+        teacher=str(folder / "lm"),
+        text={"files": [str(folder / "text.txt")], "sequence_length": 16, "held_out": 8},
+        student="1x16x2x32",
+        method={"name": "codir", "direction": "symmetric", "alpha2": 1.0, "dimension": 8},
+        training={"batch_size": 7, "max_steps": 6, "log_every": 1, "precision": "float32"},
+    )
+
+
 @contextmanager
 def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Let `owner.name` be `value` meanwhile."""
@@ -200,6 +219,8 @@ def whole_runs(folder: Path) -> dict[str, Any]:
     with changed(recorded, "_record", counted):
         metrics = distill(given, folder / "run", console=QUIET)
     told["metrics"], told["recordings"] = metrics, len(recordings)
+    text = processes.on_main(lambda: pretraining(folder))
+    told["pretrained"] = pretrain(text, folder / "pretrained", console=QUIET)["held_out"]
     told["not empty"] = error_of(lambda: distill(given, folder / "run", console=QUIET))
     if not processes.is_main():
         sources.load = raising(WrongInput("not on this machine"))

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from stillroom.errors import RunFailed, StillroomError, WrongInput
 
-Unit = Literal["rows", "tokens", "token pairs", "nothing"]
-"""What a term is a mean over; `nothing` where it is a sum over rows, or weighs its parts itself."""
+Unit = Literal["rows", "labels", "tokens", "token pairs", "nothing"]
+"""What a term is a mean over; `nothing` where it is a sum over rows, or weighs its parts itself.
+
+`labels` are as many as rows, but where words are guessed: then one for each guess.
+"""
 
 _PATIENCE = timedelta(days=7)
 """How long processes wait for each other: while one records the teacher, the others do nothing else."""
@@ -188,8 +191,10 @@ class Share:
     """Rows of each process; empty where this one has all."""
     rank: int = 0
     """Of this process."""
+    labels: float = 1.0
+    """This process's part of the batch's labels."""
     tokens: float = 1.0
-    """This process's part of the batch's real tokens."""
+    """Its part of the batch's real tokens."""
     token_pairs: float = 1.0
     """Its part of the pairs of real tokens of one row."""
     draw: tuple[int, ...] = ()
@@ -206,7 +211,7 @@ class Share:
         return 0 if self.whole or not self.sizes[self.rank] else sum(self.sizes[: self.rank])
 
     def of(self, unit: Unit) -> float:
-        """Return which part of the batch these rows are, by rows, by tokens or by pairs of tokens.
+        """Return which part of the batch these rows are, by rows, labels, tokens or pairs of tokens.
 
         The mean over the batch is the sum over processes of this times the mean over their own rows.
         """
@@ -214,7 +219,7 @@ class Share:
             return 0.0 if not self.whole and not self.sizes[self.rank] else 1.0
         if unit == "rows":
             return self.sizes[self.rank] / sum(self.sizes)
-        return self.tokens if unit == "tokens" else self.token_pairs
+        return {"labels": self.labels, "tokens": self.tokens, "token pairs": self.token_pairs}[unit]
 
     def gather(self, x: Tensor, dim: int = 0) -> Tensor:
         """Return the rows of all processes in the batch's order, with gradient to each one's own.

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import two_processes
-from stillroom import distill, processes
+from stillroom import distill, pretrain, processes
 from stillroom.data import sources
 from stillroom.data.batching import Batch, Inputs
 from stillroom.methods import METHODS
@@ -129,6 +130,14 @@ def test_a_run_of_two_processes_is_that_of_one(
         assert_same_weights(*weights)
 
 
+def test_text_is_distilled_by_two_processes_as_by_one(launched: Path, tmp_path: Path) -> None:
+    """Each hides and guesses the words of its own rows, however many these are."""
+    alone = pretrain(two_processes.pretraining(tmp_path), tmp_path / "pretrained", console=QUIET)
+    for rank in (0, 1):
+        assert_close(told(launched, rank)["pretrained"], alone["held_out"])
+    assert_close(*(lines_of(place / "pretrained") for place in (launched, tmp_path)))
+
+
 def test_an_error_of_one_process_is_raised_in_all(launched: Path) -> None:
     """The first one alone looks at the folder, the second one alone lacks its data."""
     first, second = (told(launched, rank) for rank in (0, 1))
@@ -167,6 +176,18 @@ def test_a_process_without_rows_counts_for_nothing() -> None:
     part = batch_of(2, 3).part(2, 3)
     assert part.row_ids.tolist() == [10] and part.share.start == 0
     assert [part.share.of(unit) for unit in ("rows", "tokens", "token pairs", "nothing")] == [0.0] * 4
+
+
+def test_guessed_words_go_with_their_rows() -> None:
+    batch = batch_of(2, 3, 3, 4, 6)
+    positions = torch.tensor([1, 6, 8, 13])
+    inputs = replace(batch.student, positions=positions)
+    whole = replace(batch, student=inputs, teacher=inputs, labels=inputs.input_ids.flatten()[positions])
+    parts = [whole.part(rank, 3) for rank in range(3)]
+    assert [part.student.positions.tolist() for part in parts] == [[1, 6, 8], [1], [0]]
+    for part in parts[:2]:
+        assert torch.equal(part.student.input_ids.flatten()[part.student.positions], part.labels)
+    assert [part.share.of("labels") for part in parts] == [0.75, 0.25, 0.0]
 
 
 def test_one_process_passes_through() -> None:

@@ -1,7 +1,7 @@
 """Batches of similar length under a token budget, in an order that only seed and epoch decide."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Inputs:
         )
 
     def take(self, rows: slice) -> "Inputs":
-        """Return some of the rows, as wide as they are."""
+        """Return some of the rows, as wide as they are, and no words to guess."""
         types = self.token_type_ids
         return Inputs(
             self.input_ids[rows], self.attention_mask[rows], None if types is None else types[rows]
@@ -91,12 +91,22 @@ class Batch:
         tokens, pairs = (float(x[own].sum() / x.sum()) for x in (lengths, lengths.square()))
         rows = own if sizes[rank] else slice(0, 1)
         student = self.student.take(rows)
+        teacher = student if self.teacher is self.student else self.teacher.take(rows)
+        labels, guessed = self.labels[rows], sizes[rank] / len(self.row_ids)
+        if self.student.positions is not None:
+            width = self.student.input_ids.shape[1]
+            here = self.student.positions // width
+            at = torch.nonzero((here >= rows.start) & (here < rows.stop)).flatten()
+            guessed = len(at) / len(here) if sizes[rank] else 0.0
+            # Where no word is guessed the batch's first guess is taken for one of these rows' first token.
+            positions = self.student.positions[at] - rows.start * width
+            positions, at = (
+                (positions, at) if len(at) else (torch.zeros(1, dtype=torch.int64), here[:1] * 0)
+            )
+            student = teacher = replace(student, positions=positions)
+            labels = self.labels[at]
         return Batch(
-            student,
-            student if self.teacher is self.student else self.teacher.take(rows),
-            self.labels[rows],
-            self.row_ids[rows],
-            Share(sizes, rank, tokens, pairs, draw),
+            student, teacher, labels, self.row_ids[rows], Share(sizes, rank, guessed, tokens, pairs, draw)
         )
 
     def to(self, device: torch.device) -> "Batch":

@@ -334,16 +334,19 @@ class InBatchContrast(Term):
         way = self.settings.direction
         directions = []
         if way != "teacher_anchor":
-            directions.append(self._contrast(s, t))
+            directions.append(self._contrast(s, t, batch.share))
         if way != "student_anchor":
-            directions.append(self._contrast(t, s))
+            directions.append(self._contrast(t, s, batch.share))
         return torch.stack(directions).mean()
 
-    def _contrast(self, anchor: Tensor, other: Tensor) -> Tensor:
-        # Row b's candidates are all rows, its own the positive; the others get no gradient.
-        own = torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)
-        scores = torch.where(own, anchor @ other.mT, anchor @ other.detach().mT) / self.settings.tau
-        return F.cross_entropy(scores, torch.arange(len(anchor), device=anchor.device))
+    def _contrast(self, anchor: Tensor, other: Tensor, share: Share) -> Tensor:
+        # Row b's candidates are all processes' rows, its own the positive; the others get no gradient.
+        everyone = share.gather(other.detach())
+        place = share.start + torch.arange(len(anchor), device=anchor.device)
+        own = place[:, None] == torch.arange(len(everyone), device=anchor.device)
+        positive = anchor @ other.mT if share.whole else (anchor * other).sum(-1, keepdim=True)
+        scores = torch.where(own, positive, anchor @ everyone.mT) / self.settings.tau
+        return F.cross_entropy(scores, place)
 
     def _vector(self, outputs: Outputs, layers: tuple[int, ...], projection: nn.Linear) -> Tensor:
         """Return ``normalize(W concat_l(pooled state of layer l) + b)``, shape ``(B, d)``."""

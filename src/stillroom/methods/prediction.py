@@ -12,6 +12,7 @@ from stillroom.ops.prediction import hard_label_loss, soft_label_loss
 class HardLabels(Term):
     """The task's own loss: `ops.prediction.hard_label_loss`."""
 
+    mean_over = "labels"
     student_needs = Needs(logits=True)
 
     def __init__(self, kind: Kind):
@@ -26,6 +27,7 @@ class HardLabels(Term):
 class SoftLabels(Term):
     """The divergence from the teacher's soft labels: `ops.prediction.soft_label_loss`."""
 
+    mean_over = "labels"
     student_needs = Needs(logits=True)
     teacher_needs = Needs(logits=True)
 

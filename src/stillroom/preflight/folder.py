@@ -24,7 +24,7 @@ def require_one_process() -> None:
     processes = max(Accelerator().num_processes, int(os.environ.get("WORLD_SIZE", 1)))
     if processes > 1:
         error = WrongInput(
-            f"Expected one process, found {processes}: only `stillroom distill` and `stillroom finetune` "
+            f"Expected one process, found {processes}: only `stillroom distill`, `finetune` and `pretrain` "
             "train in several that are launched together. Start it without `accelerate launch` or "
             "`torchrun`; `stillroom compare --workers N` starts its processes itself."
         )

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from stillroom import durable, encoder, methods, preflight, provenance, student
+from stillroom import durable, encoder, methods, preflight, processes, provenance, student
 from stillroom.data import packed
 from stillroom.data.batching import Batch, make_batch
 from stillroom.data.packed import Packed
@@ -44,6 +44,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Distil a pretrained encoder on raw text: make a start for students of any task.
 
+    Processes that were launched together (`accelerate launch`, `torchrun`) make one run; the folder is one
+    that all of them see.
+
     Args:
         recipe: What to do; None with `resume`, which reads the run's own recipe.
         output: The run folder: new or empty, or with `resume` the run to continue. Its `student` is what
@@ -64,46 +67,54 @@ def pretrain(
         >>> recipe = PretrainRecipe.load(teacher="minilm-l6", text={"files": ["corpus"]}, init="pca")
         >>> metrics = pretrain(recipe, "runs/pretrained")  # doctest: +SKIP
     """
-    console = console or Console(stderr=True)
-    folder = Path(output)
-    preflight.require_one_process()
-    if resume:
-        recipe = _recipe_of(folder)
-    if recipe is None:
-        raise ValueError("pretrain needs a recipe, or resume=True")
-    recipe = resolve(recipe)
-    with contextlib.nullcontext() if dry_run else durable.locked(folder):
-        if not dry_run:
-            durable.remove_leftovers(folder)
-        if not resume:
-            durable.require_empty(folder, "Give another folder, or go on with --resume.")
-        parts = _Parts.of(recipe, console)
-        checked = preflight.check_pretraining(parts.to_check(recipe, folder), console)
+    processes.start()
+    console, folder = processes.console(console), Path(output)
+    with processes.together():
+        given = _recipe_of(folder) if resume else recipe
+        if given is None:
+            raise ValueError("pretrain needs a recipe, or resume=True")
+        asked = resolve(given)
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.is_main():
+                if not dry_run:
+                    held.enter_context(durable.locked(folder))
+                    durable.remove_leftovers(folder)
+                if not resume:
+                    durable.require_empty(folder, "Give another folder, or go on with --resume.")
+        parts = processes.main_first(lambda: _Parts.of(asked, console))
+        checked = processes.on_main(
+            lambda: preflight.check_pretraining(parts.to_check(asked, folder), console)
+        )
         checked = {"text": parts.facts(), **checked}
         if dry_run:
             return checked
-        recipe = parts.start(recipe, folder, console, resume=resume)
+        recipe = processes.on_main(lambda: parts.start(asked, folder, console, resume=resume))
         parts.teacher.to(Accelerator().device)
         parts.student.to(Accelerator().device)
-        before = parts.evaluate(parts.student)
+        before = processes.on_main(lambda: parts.evaluate(parts.student))
         job = parts.job(recipe, folder)
         trained = train(job, console, recipe.model_dump(mode="json"))
-        after = parts.evaluate(parts.student)
-        parts.student.save(folder / STUDENT)
-        metrics = {
-            "text": parts.facts(),
-            "held_out": {"before": before, "after": after},
-            **{
-                name: dict(
-                    zip(("parameters", "non_embedding_parameters"), cost.parameters(model), strict=True)
-                )
-                for name, model in (("teacher", parts.teacher), ("student", parts.student))
-            },
-            "train": training_figures(trained),
-            "environment": environment(bf16=parts.bf16),
-        }
-        durable.write_json(folder / METRICS, metrics)
-        return metrics
+
+        def finish() -> dict[str, Any]:
+            after = parts.evaluate(parts.student)
+            parts.student.save(folder / STUDENT)
+            metrics = {
+                "text": parts.facts(),
+                "held_out": {"before": before, "after": after},
+                **{
+                    name: dict(
+                        zip(("parameters", "non_embedding_parameters"), cost.parameters(model), strict=True)
+                    )
+                    for name, model in (("teacher", parts.teacher), ("student", parts.student))
+                },
+                "train": training_figures(trained),
+                "environment": environment(bf16=parts.bf16),
+            }
+            durable.write_json(folder / METRICS, metrics)
+            return metrics
+
+        return processes.on_main(finish)
 
 
 def resolve(recipe: PretrainRecipe) -> PretrainRecipe:
