@@ -19,7 +19,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STILLROOM_CACHE", str(root / "cache"))
         command = ["finetune", "--model", str(encoder), "--dataset", str(data), "-o", str(teacher), *FAST]
-        rates = ("--set", "training.learning_rate=0.005", "--set", "training.epochs=4")
+        rates = ("--set", "training.learning_rate=0.005", "--set", "training.epochs=6")
         result = CliRunner().invoke(app, [*command, *rates, "--json"])
     assert result.exit_code == 0, result.stderr
     return Workspace(data, encoder, teacher, json.loads(result.stdout))

@@ -65,7 +65,7 @@ def test_finetune_makes_a_teacher(workspace: Workspace) -> None:
     assert found["model"].keys() == COSTS | {"metrics"}
     assert found["model"]["metrics"]["accuracy"] > 0.9
     assert found["train"].keys() == TRAIN
-    assert found["train"]["steps"] == 60 and found["train"]["examples"] == 4 * 240
+    assert found["train"]["steps"] == 90 and found["train"]["examples"] == 6 * 240
     assert found["model"]["bytes"] == (workspace.teacher / "model.safetensors").stat().st_size
 
 
@@ -73,7 +73,7 @@ def test_finetune_shows_its_teacher_and_a_next_command_that_passes(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     command = ("finetune", "--model", workspace.encoder, "--dataset", workspace.data, *FAST)
-    more = ("--set", "training.learning_rate=0.005", "--set", "training.epochs=4")
+    more = ("--set", "training.learning_rate=0.005", "--set", "training.epochs=6")
     result = run(*command, *more, "-o", tmp_path / "teacher")
     (row,) = [line for line in result.stdout.splitlines() if line.startswith("│")]
     assert f"{workspace.finetuned['model']['metrics']['accuracy']:.4f}" in row

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -350,8 +351,12 @@ def test_the_command_serves_answers_what_it_took_and_stops(
     command = [sys.executable, "-m", "stillroom.cli", "serve", str(exported.folder), "--port", "0"]
     # Whoever asks waits a second for others: in the meantime the server is told to stop.
     command += ["--max-wait-ms", "1000"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    options: dict[str, Any] = {
+        "env": {**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A suite that a shell runs in the background would hand down that SIGINT is ignored.
+        "preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    }
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options) as process:
         try:
             assert process.stderr is not None
             line = process.stderr.readline()

@@ -41,6 +41,7 @@ def project(states: Tensor, matrix: Tensor, *, bf16: bool) -> Tensor:
         Shape ``(..., S, E)``.
 
     Example:
+        >>> import torch
         >>> project(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.5]]), bf16=True).tolist()
         [[4.0]]
     """

@@ -59,7 +59,9 @@ class LiveTeacher:
         """
         rows = len(batch.teacher.input_ids)
         least = _TILE * torch.get_num_threads()
-        if not self._even or rows >= least or needs == Needs():
+        # Words that a masked-LM head guesses are never recorded, and their logits are no rows.
+        guesses = batch.teacher.positions is not None
+        if not self._even or rows >= least or needs == Needs() or guesses:
             return self.of_words(batch.teacher, needs, None)
         return _first(rows, self.of_words(_filled(batch.teacher, least), needs, None))
 
