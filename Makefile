@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	rm -rf $(RUN)
 	$(BIN)/stillroom finetune --model minilm-l6 --dataset builtin/verdicts \
-	  --set training.learning_rate=1e-4 --set training.batch_size=16 --set training.epochs=2 -o $(RUN)/teacher
+	  --set training.learning_rate=1e-4 --set training.batch_size=16 --set training.epochs=3 -o $(RUN)/teacher
 	$(BIN)/stillroom distill recipes/demo.yaml -o $(RUN)
 	$(BIN)/stillroom export $(RUN) --format onnx-int8
 	$(BIN)/stillroom report $(RUN)

@@ -1,4 +1,4 @@
-"""The page in a real browser, headless: what it asks for, shows and does.
+"""The report, and the page of a server, in a real browser, headless: what they ask for, show and do.
 
 Skipped where there is no Chromium; with STILLROOM_BROWSER=required, as in the gate, that is a failure.
 """
@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 from made_run import HOSTILE, make_comparison, make_run
 
+from serving import SECONDS, serving
+from stillroom.deploy.predictor import Predictor
 from stillroom.report.page import write
+from tiny import make_teacher
 
 webdriver = pytest.importorskip("selenium.webdriver")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+expected_conditions = pytest.importorskip("selenium.webdriver.support.expected_conditions")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -71,15 +76,35 @@ def media(browser: Any, scheme: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", values)
 
 
-def test_nothing_is_fetched_and_the_console_is_silent(page: Any, report: Path) -> None:
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    asked = [
+def asked(browser: Any) -> list[str]:
+    """Return the addresses that the browser has asked for since its log was last read."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [
         message["params"]["request"]["url"]
         for message in messages
         if message["method"] == "Network.requestWillBeSent"
     ]
-    assert asked == [report.as_uri()]
+
+
+def test_nothing_is_fetched_and_the_console_is_silent(page: Any, report: Path) -> None:
+    assert asked(page) == [report.as_uri()]
     assert page.get_log("browser") == []
+
+
+def test_a_servers_page_asks_its_own_server_alone(browser: Any, tmp_path: Path) -> None:
+    make_teacher().save(tmp_path / "model")
+    with serving(Predictor.load(tmp_path / "model")) as port:
+        home = f"http://127.0.0.1:{port}"
+        for log in ("browser", "performance"):
+            browser.get_log(log)
+        browser.get(f"{home}/docs")
+        operations = expected_conditions.presence_of_element_located(("css selector", ".opblock"))
+        WebDriverWait(browser, SECONDS).until(operations)
+        assert "/predict" in browser.find_element("css selector", "#swagger-ui").text
+        found = asked(browser)
+        assert f"{home}/openapi.json" in found
+        assert all(url.startswith((f"{home}/", "data:")) for url in found), found
+        assert browser.get_log("browser") == []
 
 
 def test_the_policy_forbids_requests_even_if_a_script_tried(page: Any) -> None:
