@@ -62,7 +62,7 @@ def point(work: Path, rows: Path, layers: int) -> dict[str, float]:
 
 
 def rows_of_length(folder: Path, length: int, rows: int) -> Path:
-    """Write rows of so many tokens: `good` and `bad` are one token each."""
+    """Write rows of so many tokens, each word one; most say the label, so that a head can learn it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", rows), ("validation", 64)):
         with (folder / f"{name}.csv").open("w", newline="") as stream:
@@ -71,7 +71,8 @@ def rows_of_length(folder: Path, length: int, rows: int) -> Path:
             for i in range(count):
                 # Numbered, so that no row is there twice and none in both splits.
                 words = [("good", "bad")[i >> bit & 1] for bit in range(min(10, length - SPECIAL_TOKENS))]
-                words += ["movie" if name == "train" else "film"] * (length - SPECIAL_TOKENS - len(words))
+                words.append("movie" if name == "train" else "film")
+                words += [("fine", "poor")[i % 2]] * (length - SPECIAL_TOKENS - len(words))
                 writer.writerow([" ".join(words), i % 2])
     return folder
 
