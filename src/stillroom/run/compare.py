@@ -343,13 +343,6 @@ def _teacher_logits(folder: Path, common: Common) -> np.ndarray:
     return predictions.load(folder / PREDICTIONS).logits["teacher"]
 
 
-def _student_logits(place: Path) -> np.ndarray:
-    # Runs that were done before 2026-11-26 kept these.
-    if (place / "logits.npy").exists():
-        return np.asarray(np.load(place / "logits.npy", allow_pickle=False))
-    return predictions.load(place / PREDICTIONS).logits["student"]
-
-
 def _keep(folder: Path, dataset: Dataset, model: str, logits: np.ndarray) -> None:
     """Keep what a model said of the validation split, as a run does."""
     kept = Predictions(dataset.task, dataset.splits["validation"], {model: logits})
@@ -379,7 +372,9 @@ def _collect(
             if not done:
                 continue
             runs = {seed: _read(place / METRICS) for seed, place in done.items()}
-            logits = {seed: _student_logits(place) for seed, place in done.items()}
+            logits = {
+                s: predictions.load(place / PREDICTIONS).logits["student"] for s, place in done.items()
+            }
             said[variant] = {seed: answers(value, task.kind) for seed, value in logits.items()}
             entries[variant] = {
                 "folder": next(iter(places.values())).parent.relative_to(folder).as_posix(),
