@@ -226,7 +226,9 @@ def test_command_line(place: Path, tmp_path: Path) -> None:
     assert found["text"]["documents"] == 120 and found["text"]["sequence_length"] == 16
     assert found["disk"]["need_mb"] > 0 and not run.exists()
     done = CliRunner().invoke(app, [*command, *more])
-    assert done.exit_code == 0 and "tokens/s" in done.stdout and f"--init {run}" in done.stdout
+    assert done.exit_code == 0 and "tokens/s" in done.stdout and f"--student {run}" in done.stdout
+    page = run / "report.html"
+    assert f"Report: {page}" in done.stdout and "In 2 steps the loss" in page.read_text(encoding="utf-8")
     assert json.loads((run / "metrics.json").read_text())["text"] == found["text"]
     recipe(place).save(tmp_path / "recipe.yaml")
     beside = ["pretrain", str(tmp_path / "recipe.yaml"), "--text", str(place / "text.txt"), "--dry-run"]

@@ -10,7 +10,7 @@ from stillroom.data.tasks import Kind, Rows, Task
 from stillroom.evaluation import predictions
 from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predictions import Predictions
-from stillroom.recipe import Recipe
+from stillroom.recipe import PretrainRecipe, Recipe
 
 HOSTILE = "</td><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> & $x_1$ «ü»"
 
@@ -156,6 +156,59 @@ def make_comparison(folder: Path, *, whole: bool = True) -> Path:
                 _write_log(place / "log.jsonl", lines)
     students = {HOSTILE: {**costs, "control": "none", "methods": made}}
     (folder / "compare.json").write_text(json.dumps({**found, "students": students}))
+    return folder
+
+
+def make_pretraining(folder: Path, *, masked_lm: bool = True) -> Path:
+    """Write a run of `stillroom pretrain`: 40 steps of a student of two layers, evaluated four times."""
+
+    def found(step: int) -> dict[str, float]:
+        terms = {"loss": 2 / (1 + step), "hard": 5 - step / 20}
+        return {
+            **terms,
+            **({"perplexity": 100.0 - step} if masked_lm else {}),
+            **{f"match_{i}": 0.5 + step / 100 - i / 20 for i in range(3)},
+        }
+
+    lines: list[dict[str, Any]] = []
+    for step in range(1, 41):
+        line = {"step": step, "stage": 1, "loss": 3 / step, "hard": 1.0, "gradient_norm": 0.5}
+        lines.append(line | {"epoch": step / 80, "learning_rate": 1e-4, "tokens_per_second": 100.0})
+        if step % 10 == 0:
+            lines.append({"step": step, "epoch": step / 80, "validation": found(step)})
+    sizes = {"parameters": 20_000_000, "non_embedding_parameters": 8_000_000}
+    metrics = {
+        "text": {
+            "documents": 1200,
+            "tokens": 50_000,
+            "sequences": 3000,
+            "held_out": 64,
+            "sequence_length": 16,
+        },
+        "held_out": {"before": found(0), "after": found(40)},
+        "teacher": sizes,
+        "student": {**sizes, "parameters": 10_000_000},
+        "train": {
+            "seconds": 12.0,
+            "steps": 40,
+            "examples": 1500,
+            "tokens": 24_000,
+            "examples_per_second": 125.0,
+            "tokens_per_second": 2000.0,
+            "peak_rss_bytes": 900_000_000,
+        },
+        "environment": {"machine": "a machine <i>", "threads": 2},
+    }
+    recipe = PretrainRecipe.load(
+        teacher=f"models/{HOSTILE}",
+        text={"files": [f"text/{HOSTILE}"]},
+        method={"name": "distilbert"},
+    )
+    folder.mkdir(parents=True)
+    (folder / "student").mkdir()
+    _write_log(folder / "log.jsonl", lines)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    recipe.save(folder / "recipe.yaml")
     return folder
 
 

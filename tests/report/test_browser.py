@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_run import HOSTILE, make_comparison, make_run
+from made_run import HOSTILE, make_comparison, make_pretraining, make_run
 
 from serving import SECONDS, serving
 from stillroom.deploy.predictor import Predictor
@@ -214,6 +214,21 @@ def test_a_comparison_fits_the_screen_in_silence(browser: Any, tmp_path: Path, w
     assert browser.execute_script("return window.hacked") is None and browser.get_log("browser") == []
     pictures = browser.find_elements("css selector", "svg")
     assert len(pictures) == 7 and all(picture.get_attribute("aria-label") for picture in pictures)
+
+
+@pytest.mark.parametrize("width", [320, 1200])
+def test_a_pretraining_fits_the_screen_in_silence(browser: Any, tmp_path: Path, width: int) -> None:
+    page = write(make_pretraining(tmp_path / "pretrained <script>window.hacked = 4<"))
+    screen(browser, width)
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(page.as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true })")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return window.hacked") is None
+    assert asked(browser) == [page.as_uri()] and browser.get_log("browser") == []
+    pictures = browser.find_elements("css selector", "svg")
+    assert len(pictures) == 5 and all(len(each.get_attribute("aria-label")) > 20 for each in pictures)
 
 
 def test_paper_shows_what_can_be_unfolded(page: Any) -> None:

@@ -10,14 +10,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from made_run import HOSTILE, make_comparison, make_run
+from made_run import HOSTILE, make_comparison, make_pretraining, make_run
 
 from stillroom import WrongInput
 from stillroom.data.tasks import Kind
-from stillroom.recipe import Recipe
-from stillroom.report import comparison, facts, flow, pictures
+from stillroom.recipe import PretrainRecipe, Recipe
+from stillroom.report import comparison, facts, flow, pictures, pretraining
 from stillroom.report.page import write
-from stillroom.report.sources import read_comparison, read_run
+from stillroom.report.sources import read_comparison, read_pretraining, read_run
 
 SECTIONS = {
     "costs",
@@ -326,6 +326,69 @@ def test_curves_and_flows_of_a_comparison_are_means_over_its_seeds(tmp_path: Pat
     assert "control: from 10 to 40; student: from 10 to 40" in said[2]
     (picture,) = comparison.flows(compared)
     assert "student layer 1 most from teacher layer 1 (75 %)" in picture.svg
+
+
+@pytest.mark.parametrize("masked_lm", [True, False])
+def test_a_pretraining_has_a_page(tmp_path: Path, masked_lm: bool) -> None:
+    folder = make_pretraining(tmp_path / "a <script>window.hacked = 5<", masked_lm=masked_lm)
+    page = write(folder).read_text()
+    assert page.count("<script") == 1 and "<img" not in page and HOSTILE in unescape(page)
+    assert not re.search(r'(src|href|action)="(?!#)', page)
+    assert sections(page) == {"follows", "training", "text", "repeat"}
+    assert set(re.findall(r'<a href="#(\w+)"', page)) == sections(page)
+    assert "In 40 steps the loss on unseen text went from 2 to 0.0488" in page
+    assert "last layer with the teacher’s from 0.40 to 0.80." in page
+    assert "24,000 tokens, 0.5 passes" in page and "2,000 tokens per second" in page
+    assert ("Perplexity is" in page) == masked_lm
+    assert f"stillroom distill --teacher T --dataset D --student '{folder}' -o RUN" in unescape(page)
+    assert write(folder).read_text() == page
+
+
+def test_a_pretraining_is_drawn_by_step_from_before_the_first(tmp_path: Path) -> None:
+    run = read_pretraining(make_pretraining(tmp_path / "run"))
+    drawn = {picture.caption: unescape(picture.svg) for picture in pretraining.curves(run)}
+    assert list(drawn) == ["loss", "hard", "perplexity", "gradient norm", "match of layers (linear CKA)"]
+    assert "training: from 3 to 0.075; held out: from 2 to 0.04878" in drawn["loss"]
+    assert 'steps. held out: from 100 to 60."' in drawn["perplexity"]
+    assert 'steps. training: from 0.5 to 0.5."' in drawn["gradient norm"]
+    said = "embeddings: from 0.5 to 0.9; layer 1: from 0.45 to 0.85; layer 2: from 0.4 to 0.8"
+    assert said in drawn["match of layers (linear CKA)"]
+    rows = [[cell.text for cell in row] for row in pretraining.held_out(run).rows]
+    assert rows[2] == ["perplexity", "100", "60"] and rows[-1] == ["match of layer 2", "0.4", "0.8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("metrics.json", lambda path: path.unlink(), "pretrain --resume"),
+        ("metrics.json", lambda path: path.write_text('{"text": {}}'), "metrics.json, found text"),
+        ("log.jsonl", lambda path: path.write_text("{"), "curves"),
+    ],
+)
+def test_a_damaged_pretraining_is_refused(tmp_path: Path, name: str, change: Any, message: str) -> None:
+    folder = make_pretraining(tmp_path / "run")
+    change(folder / name)
+    with pytest.raises(WrongInput, match=message):
+        write(folder)
+
+
+@pytest.mark.parametrize("masked_lm", [True, False])
+def test_the_card_of_a_start_says_how_to_load_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked_lm: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make_pretraining(tmp_path / "run", masked_lm=masked_lm)
+    write(run)
+    card = ModelCard.load(run / "student" / "README.md")
+    assert card.data.pipeline_tag == ("fill-mask" if masked_lm else "feature-extraction")
+    assert card.data.license is None and card.data.base_model is None and "<script" not in card.text
+    assert "| match 2 | 0.4 | 0.8 |" in card.text
+    assert ("import AutoModelForMaskedLM," in card.text) == masked_lm
+    overrides = ["teacher=minilm-l6"]
+    PretrainRecipe.load(run / "recipe.yaml", overrides).save(run / "recipe.yaml")
+    write(run)
+    card = ModelCard.load(run / "student" / "README.md")
+    assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def test_names_in_the_picture_of_quality_do_not_meet(

@@ -156,7 +156,8 @@ def pretrain(
         f"{took['tokens_per_second']:,.0f} tokens/s",
         f"Student: {folder / 'student'}",
         f"Numbers: {folder / 'metrics.json'}",
-        f"Next: stillroom distill --teacher T --dataset D --init {shlex.quote(str(folder))} -o RUN",
+        f"Report: {folder / 'report.html'}",
+        f"Next: stillroom distill --teacher T --dataset D --student {shlex.quote(str(folder))} -o RUN",
     )
 
 

@@ -10,6 +10,7 @@ from stillroom.cli import frame
 
 EXAMPLES = frame.examples(
     "stillroom report runs/student",
+    "stillroom report runs/pretrained",
     "stillroom report runs/comparison",
     "stillroom report runs/student -o report.html --json",
     "stillroom report runs/bert-emd --flow flow.svg",
@@ -19,7 +20,10 @@ EXAMPLES = frame.examples(
 def report(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN|COMPARE", help="The folder of a finished run, or of a comparison."),
+        typer.Argument(
+            metavar="RUN|COMPARE",
+            help="The folder of a finished run of distill or pretrain, or of a comparison.",
+        ),
     ],
     output: Annotated[
         Path | None,

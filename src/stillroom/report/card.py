@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stillroom.errors import WrongInput
 from stillroom.recipe import read_yaml
-from stillroom.report.sources import Run
+from stillroom.report.sources import Pretrained, Run
 
 README = "README.md"
 
@@ -42,11 +42,11 @@ def data_of(run: Run) -> ModelCardData:
         for name, value in run.metrics["student"]["metrics"].items()
     ]
     return ModelCardData(
-        base_model=_base_model(run),
+        base_model=_base_model(_teacher(run)),
         datasets=[source] if of_glue else None,
         eval_results=results,
         library_name="transformers",
-        license=_license(run),
+        license=_license(_teacher(run)),
         metrics=[result.metric_type for result in results],
         model_name=run.folder.resolve().name,
         pipeline_tag="text-classification",
@@ -118,30 +118,83 @@ def _prose(run: Run) -> str:
             "fare worse, and it inherits the faults of its teacher and of the data. Check it on your own "
             "texts first.",
             "",
-            "Licence: "
-            + (
-                "that of the teacher."
-                if _license(run)
-                else "the teacher states none; find out before you share this model."
-            ),
+            _licence(_teacher(run)),
             "",
         ]
     )
 
 
-def _license(run: Run) -> str | None:
-    stated = _teacher_card(run).get("license")
+def text_of_start(run: Pretrained) -> str:
+    """Return the card of a student that was distilled on raw text, for no task yet."""
+    teacher = Path(run.recipe["teacher"])
+    before, after = run.metrics["held_out"]["before"], run.metrics["held_out"]["after"]
+    masked_lm = "perplexity" in after
+    data = ModelCardData(
+        base_model=_base_model(teacher),
+        library_name="transformers",
+        license=_license(teacher),
+        model_name=run.folder.resolve().name,
+        pipeline_tag="fill-mask" if masked_lm else "feature-extraction",
+        tags=["knowledge-distillation", "stillroom"],
+    )
+    auto = "AutoModelForMaskedLM" if masked_lm else "AutoModel"
+    lines = [
+        f"# {_plain(run.folder.resolve().name)}",
+        "",
+        f"A small encoder of {run.metrics['student']['parameters'] / 1e6:.1f} M parameters, distilled with "
+        f"Stillroom from `{_plain(teacher.name)}` on raw text by the method "
+        f"{run.recipe['method']['name']}. It solves no task yet: fine-tune it, or distil a task into it.",
+        "",
+        "## How closely it follows its teacher",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| {key.replace('_', ' ')} | {before[key]:.4g} | {value:.4g} |" for key, value in after.items()),
+        "",
+        f"On {run.metrics['text']['held_out']:,} held-out sequences of the same text, one seed "
+        f"({run.recipe['training']['seed']}), after {run.metrics['train']['tokens']:,} tokens. Match i "
+        "is the linear CKA of layer i with the teacher's layer at the same share of the depth; 0 is the "
+        "embedding output.",
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("path/to/this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+        "## Limits",
+        "",
+        "It inherits the faults of its teacher and of the text, and was measured on that text alone.",
+        "",
+        _licence(teacher),
+        "",
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)
+
+
+def _licence(teacher: Path | None) -> str:
+    if _license(teacher):
+        return "Licence: that of the teacher."
+    return "Licence: the teacher states none; find out before you share this model."
+
+
+def _license(teacher: Path | None) -> str | None:
+    stated = _teacher_card(teacher).get("license")
     return stated if isinstance(stated, str) else None
 
 
-def _base_model(run: Run) -> str | None:
+def _base_model(teacher: Path | None) -> str | None:
     """Return a hub id: the teacher, or what it was fine-tuned from; None if none is known."""
-    teacher = _teacher(run)
     if teacher is None:
         return None
+    if str(teacher) == "minilm-l6":
+        return _MINILM_HUB
     if not teacher.is_dir():
         return str(teacher) if _HUB_ID.fullmatch(str(teacher)) else None
-    stated = _teacher_card(run).get("base_model")
+    stated = _teacher_card(teacher).get("base_model")
     if stated is None and (teacher / "recipe.yaml").is_file():
         try:
             stated = read_yaml(teacher / "recipe.yaml").get("model")
@@ -159,9 +212,8 @@ def _teacher(run: Run) -> Path | None:
     return Path(given["name"]) if given else None
 
 
-def _teacher_card(run: Run) -> dict[str, Any]:
-    place = _teacher(run)
-    path = None if place is None else place / README
+def _teacher_card(teacher: Path | None) -> dict[str, Any]:
+    path = None if teacher is None else teacher / README
     if path is None or not path.is_file():
         return {}
     try:

@@ -545,8 +545,13 @@ def environment(run: Run) -> Table:
 
 def machine(values: Mapping[str, Any]) -> Table:
     """Return machine, versions and the like as a table."""
+    return pairs("Where and how this was computed", values)
+
+
+def pairs(caption: str, values: Mapping[str, Any]) -> Table:
+    """Return a table of names and values."""
     rows = [[Cell(str(key), number=False), Cell(str(value), number=False)] for key, value in values.items()]
-    return Table("Where and how this was computed", [("what", False), ("value", False)], rows)
+    return Table(caption, [("what", False), ("value", False)], rows)
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
@@ -560,9 +565,9 @@ def commands(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def recipe_text(run: Run) -> str:
-    """Return the recipe as YAML."""
-    return yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """Return a recipe as YAML."""
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def stage_starts(lines: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -11,8 +11,15 @@ from markupsafe import Markup
 
 from stillroom import durable
 from stillroom.provenance import STUDENT
-from stillroom.report import card, comparison, facts
-from stillroom.report.sources import COMPARISON, Run, read_comparison, read_run
+from stillroom.report import card, comparison, facts, pretraining
+from stillroom.report.sources import (
+    COMPARISON,
+    Run,
+    is_pretraining,
+    read_comparison,
+    read_pretraining,
+    read_run,
+)
 
 REPORT = "report.html"
 
@@ -21,7 +28,7 @@ def write(folder: Path, output: Path | None = None) -> Path:
     """Write the page of a comparison, or of a run with its student's model card; return where it is.
 
     Args:
-        folder: A finished run, or a comparison.
+        folder: A finished run, task-agnostic or on a task, or a comparison.
         output: The file to write; by default `report.html` in the run folder.
 
     Raises:
@@ -30,6 +37,8 @@ def write(folder: Path, output: Path | None = None) -> Path:
     """
     if (folder / COMPARISON).is_file():
         return write_comparison(folder, output)
+    if is_pretraining(folder):
+        return write_pretraining(folder, output)
     run = read_run(folder)
     path = output or folder / REPORT
     durable.write_text(path, render(run))
@@ -61,6 +70,30 @@ def write_comparison(folder: Path, output: Path | None = None) -> Path:
     return path
 
 
+def write_pretraining(folder: Path, output: Path | None = None) -> Path:
+    """Write the page of a task-agnostic distillation and its student's model card; return where it is."""
+    run = read_pretraining(folder)
+    path = output or folder / REPORT
+    text = _page(
+        "pretraining.html.j2",
+        title=f"Stillroom pre-training: {folder.resolve().name}",
+        run=run,
+        headline=pretraining.headline(run),
+        caution=pretraining.caution(run),
+        held_out=pretraining.held_out(run),
+        curves=pretraining.curves(run),
+        read=pretraining.text(run),
+        models=pretraining.models(run),
+        commands=pretraining.commands(run),
+        recipe=facts.recipe_text(run.recipe),
+        environment=pretraining.environment(run),
+    )
+    durable.write_text(path, text)
+    if (folder / STUDENT).is_dir():
+        durable.write_text(folder / STUDENT / card.README, card.text_of_start(run))
+    return path
+
+
 def render(run: Run) -> str:
     """Return the page of a run."""
     kept = run.kept
@@ -84,7 +117,7 @@ def render(run: Run) -> str:
         robustness=facts.robustness(run),
         environment=facts.environment(run),
         commands=facts.commands(run),
-        recipe=facts.recipe_text(run),
+        recipe=facts.recipe_text(run.recipe),
     )
 
 

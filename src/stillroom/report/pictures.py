@@ -21,7 +21,14 @@ ROLES = ("ink", "soft", "line", "raised", "teacher", "control", "student", "expo
 
 _STAND_INS = {role: f"#0102{i:02x}" for i, role in enumerate(ROLES, start=1)}
 
-_DASHES = {"teacher": "-.", "control": "--", "student": "-", "export": ":"}
+_LINES = {
+    "teacher": ("teacher", "-."),
+    "control": ("control", "--"),
+    "student": ("student", "-"),
+    "training": ("student", "-"),
+    "held out": ("control", "o--"),
+}
+"""By the name of a line in a curve its role, and how it is drawn."""
 
 
 @dataclass(frozen=True)
@@ -123,32 +130,55 @@ def curves(
     stages: Sequence[float] = (),
     *,
     markers: bool = False,
+    across: str = "epoch",
 ) -> Picture:
-    """Return one line per model over the epochs, with a dotted line where a stage begins."""
+    """Return one line per model over the epochs or steps, with a dotted line where a stage begins."""
     with _figure(3.6, 2.5) as figure:
         axes = figure.add_subplot()
         for name, points in lines.items():
-            x, y = zip(*points, strict=True)
+            role, form = _LINES[name]
             axes.plot(
-                x,
-                y,
-                _DASHES[name],
-                color=_STAND_INS[name],
+                *zip(*points, strict=True),
+                f"o{form}" if markers else form,
+                color=_STAND_INS[role],
                 linewidth=1.8,
-                marker="o" if markers else None,
                 markersize=4,
                 label=name,
             )
         for start in stages:
             axes.axvline(start, color=_STAND_INS["soft"], linewidth=1, linestyle=":")
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(across)
         axes.set_title(title, fontsize=11, color=_STAND_INS["ink"], loc="left", weight="bold")
         if len(lines) > 1:
             axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
-        said = "; ".join(
-            f"{name}: from {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in lines.items()
-        )
-        return _picture(figure, f"{title} over the epochs. {said}.", title)
+        return _picture(figure, f"{title} over the {across}s. {_from_to(lines)}.", title)
+
+
+def layers(title: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> Picture:
+    """Return one line per layer over the steps, the deeper the stronger, for values from 0 to 1."""
+    with _figure(3.6, 2.5) as figure:
+        axes = figure.add_subplot()
+        for place, (name, points) in enumerate(lines.items(), start=1):
+            axes.plot(
+                *zip(*points, strict=True),
+                "o-",
+                color=_STAND_INS["student"],
+                alpha=0.25 + 0.75 * place / len(lines),
+                linewidth=1.8,
+                markersize=4,
+                label=name,
+            )
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel("step")
+        axes.set_title(title, fontsize=11, color=_STAND_INS["ink"], loc="left", weight="bold")
+        axes.legend(frameon=False, labelcolor=_STAND_INS["ink"], fontsize=8, loc="lower right", ncols=2)
+        return _picture(figure, f"{title} over the steps. {_from_to(lines)}.", title)
+
+
+def _from_to(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    return "; ".join(
+        f"{name}: from {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in lines.items()
+    )
 
 
 def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> Picture:

@@ -9,7 +9,7 @@ from stillroom.errors import WrongInput
 from stillroom.evaluation import predictions
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.provenance import CONTROL, METRICS, RECIPE
-from stillroom.recipe import Recipe
+from stillroom.recipe import PretrainRecipe, Recipe, read_yaml
 
 COMPARISON = "compare.json"
 SETTINGS = "compare.yaml"
@@ -41,15 +41,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         WrongInput: If the folder is no finished run, or a file in it is damaged.
     """
-    if not (folder / METRICS).is_file():
-        unfinished = (folder / RECIPE).is_file()
-        remedy = (
-            f"Finish it first: stillroom distill --resume {folder}."
-            if unfinished
-            else "Give the folder that stillroom distill -o wrote."
-        )
-        raise WrongInput(f"Expected a finished run, found no {METRICS} in {folder}. {remedy}")
-    metrics = _json(folder / METRICS)
+    metrics = _metrics(folder, "distill")
     if not {"student", "metric"} <= metrics.keys():
         raise WrongInput(
             f"Expected the metrics of a distillation, with a student, found "
@@ -66,6 +58,37 @@ def read_run(folder: Path) -> Run:
         predictions.load(path) if path.is_file() else None,
         _json(folder / EXPORT) if (folder / EXPORT).is_file() else None,
     )
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The files of a run of `stillroom pretrain`."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    recipe: dict[str, Any]
+    log: list[dict[str, Any]]
+
+
+def is_pretraining(folder: Path) -> bool:
+    """Return whether a folder's recipe is one of task-agnostic distillation."""
+    return (folder / RECIPE).is_file() and "text" in read_yaml(folder / RECIPE)
+
+
+def read_pretraining(folder: Path) -> Pretrained:
+    """Return what a run of `stillroom pretrain` left.
+
+    Raises:
+        WrongInput: If it is not finished, or a file in it is damaged.
+    """
+    metrics = _metrics(folder, "pretrain")
+    if not {"text", "held_out", "student", "train"} <= metrics.keys():
+        raise WrongInput(
+            f"Expected the metrics of stillroom pretrain in {folder / METRICS}, found "
+            f"{', '.join(metrics) or 'nothing'}. Run it again in a new folder."
+        )
+    recipe = PretrainRecipe.load(folder / RECIPE).model_dump(mode="json")
+    return Pretrained(folder, metrics, recipe, lines_of(folder / LOG))
 
 
 @dataclass(frozen=True)
@@ -105,6 +128,18 @@ def read_comparison(folder: Path) -> Compared:
     path = folder / SETTINGS
     settings = path.read_text(encoding="utf-8") if path.is_file() else None
     return Compared(folder, found, settings, logs)
+
+
+def _metrics(folder: Path, command: str) -> dict[str, Any]:
+    """Return the metrics of a run that `stillroom COMMAND` finished."""
+    if (folder / METRICS).is_file():
+        return _json(folder / METRICS)
+    remedy = (
+        f"Finish it first: stillroom {command} --resume {folder}."
+        if (folder / RECIPE).is_file()
+        else f"Give the folder that stillroom {command} -o wrote."
+    )
+    raise WrongInput(f"Expected a finished run, found no {METRICS} in {folder}. {remedy}")
 
 
 def _json(path: Path) -> dict[str, Any]:

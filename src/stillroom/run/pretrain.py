@@ -25,6 +25,7 @@ from stillroom.evaluation.held_out import follow
 from stillroom.methods.base import Context, Plan
 from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
 from stillroom.recipe import MethodSettings, PretrainRecipe
+from stillroom.report import page
 from stillroom.run.parts import training_figures
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.loop import Job, train, use_bf16
@@ -50,7 +51,7 @@ def pretrain(
     Args:
         recipe: What to do; None with `resume`, which reads the run's own recipe.
         output: The run folder: new or empty, or with `resume` the run to continue. Its `student` is what
-            `Recipe(init=...)`, `student=...` and `from_pretrained` load.
+            `Recipe(init=...)`, `student=...` and `from_pretrained` load; `report.html` shows the run.
         resume: Go on from the newest sound checkpoint, to the same student bit for bit.
         dry_run: Only check everything that can be checked before the first step; all text is read.
         console: Where progress goes; standard error by default.
@@ -112,6 +113,7 @@ def pretrain(
                 "environment": environment(bf16=parts.bf16),
             }
             durable.write_json(folder / METRICS, metrics)
+            page.write(folder)
             return metrics
 
         return processes.on_main(finish)
