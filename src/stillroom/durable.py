@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -149,7 +149,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(
+    folder: Path, *, wait: bool = False, say: Callable[[str], object] | None = None
+) -> Iterator[None]:
     """Hold the folder for this process, or raise `WrongInput` if another one writes it.
 
     The lock is the operating system's, so it ends with the process however that ends.
@@ -157,6 +159,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Args:
         folder: Made if it is not there.
         wait: Wait for the other process instead of raising.
+        say: Is told when there is one to wait for.
     """
     with explain_full_disk(folder):
         if folder.exists() and not folder.is_dir():
@@ -164,11 +167,15 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
         try:
-            lock.acquire(timeout=-1 if wait else 0)
+            lock.acquire(timeout=0)
         except Timeout:
-            raise WrongInput(
-                f"Another process is writing {folder}. Wait for it, or give another folder."
-            ) from None
+            if not wait:
+                raise WrongInput(
+                    f"Another process is writing {folder}. Wait for it, or give another folder."
+                ) from None
+            if say is not None:
+                say(f"Another process is writing {folder}; waiting for it.")
+            lock.acquire()
     try:
         yield
     finally:

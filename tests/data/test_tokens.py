@@ -2,7 +2,10 @@
 
 import io
 import os
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from datasets.utils.tqdm import are_progress_bars_disabled
 from rich.console import Console
 
+from stillroom import durable
 from stillroom.data import tokens as module
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows, cache_folder, fingerprint, tokenise
@@ -38,7 +42,7 @@ def rows_of(*texts: str | tuple[str, str]) -> Rows:
 
 
 def entries() -> list[Path]:
-    return sorted((cache_folder() / "tokens").iterdir())
+    return sorted(path for path in (cache_folder() / "tokens").iterdir() if path.name != durable.LOCK)
 
 
 @pytest.fixture
@@ -182,6 +186,49 @@ def test_a_damaged_entry_is_made_again_with_a_warning(calls: list[int], damage: 
     assert "Warning" in shown.getvalue() and str(entries()[0]) in shown.getvalue()
     made(rows)
     assert len(calls) == 2
+
+
+def test_two_that_need_an_entry_at_once_make_it_once(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one waits and says so: else one takes the folder away that the other reads, or writes."""
+    begun = threading.Event()
+    plain = module._make
+
+    def slow(rows: Rows, *rest: Any) -> Any:
+        begun.set()
+        time.sleep(0.3)
+        return plain(rows, *rest)
+
+    monkeypatch.setattr(module, "_make", slow)
+    rows, shown = make_rows(make_task(), 20), io.StringIO()
+    with ThreadPoolExecutor(2) as both:
+        first = both.submit(made, rows, make_tokenizer())
+        assert begun.wait(10)
+        second = both.submit(made, rows, make_tokenizer(), console=Console(file=shown, width=1000))
+        found = [each.result() for each in (first, second)]
+    assert calls == [20] and len(entries()) == 1
+    assert [row(found[0], i) for i in range(20)] == [row(found[1], i) for i in range(20)]
+    assert "waiting for it" in shown.getvalue()
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_that_makes() -> None:
+    made(rows_of("good film"))
+    left = entries()[0].parent / ".aside-killed"
+    left.mkdir()
+    (left / "data.arrow").write_bytes(b"half")
+    made(rows_of("bad film"))
+    assert not left.exists() and len(entries()) == 2
+
+
+def test_an_entry_is_read_where_nothing_can_be_written(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(make_task(), 20)
+    made(rows)
+    monkeypatch.setattr(durable, "locked", None)
+    made(rows)
+    assert calls == [20]
 
 
 def test_a_write_that_fails_leaves_nothing_that_looks_whole(

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from stillroom import durable
 from stillroom.data import columns, streams
 from stillroom.data.streams import Stream
-from stillroom.data.tokens import TokenisedRows, cache_folder, fingerprint
+from stillroom.data.tokens import TokenisedRows, entry, fingerprint
 from stillroom.errors import WrongInput
 from stillroom.recipe import TextSettings
 
@@ -112,14 +111,7 @@ def pack(settings: TextSettings, tokenizer: Any, console: Console) -> Packed:
         raise WrongInput("Expected a tokenizer with a first and a last token ([CLS], [SEP]), found none.")
     files = files_of(settings)
     key = _key(settings, tokenizer, files)
-    folder = cache_folder() / "packed" / key
-    if folder.is_dir():
-        wrong = durable.damage(folder)
-        if wrong is not None:
-            console.print(f"[yellow]Warning:[/] the packed text {folder} is damaged ({wrong}); made again.")
-            shutil.rmtree(folder)
-    if not folder.is_dir():
-        _make(settings, tokenizer, files, folder, console)
+    folder = entry("packed", key, lambda made: _make(settings, tokenizer, files, made, console), console)
     return _open(folder, settings, tokenizer, key)
 
 

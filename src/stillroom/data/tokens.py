@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,41 @@ def tokenise(rows: Rows, tokenizer: Any, *, max_length: int, console: Console) -
         max_length: Rows are cut to this many tokens; of a pair the longer text is cut first.
         console: Where progress and warnings go.
     """
-    folder = cache_folder() / "tokens" / _key(rows, tokenizer, max_length)
-    if folder.is_dir():
+
+    def make(folder: Path) -> None:
+        made = _make(rows, tokenizer, max_length, console)
+        with durable.new_folder(folder) as aside, _without_bars():
+            made.save_to_disk(str(aside))
+
+    return _read(entry("tokens", _key(rows, tokenizer, max_length), make, console), tokenizer)
+
+
+def entry(kind: str, key: str, make: Callable[[Path], None], console: Console) -> Path:
+    """Return an entry of the cache, made where it is missing or damaged: by one process, the others wait.
+
+    Args:
+        kind: The folder for entries of this kind.
+        key: The entry's name in it.
+        make: Writes the entry by `durable.new_folder`.
+        console: Where warnings go.
+    """
+    folder = cache_folder() / kind / key
+    # What is whole is read without a lock, also from a disk that cannot be written.
+    if folder.is_dir() and durable.damage(folder) is None:
+        return folder
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    with durable.locked(folder.parent, wait=True, say=say):
+        durable.remove_leftovers(folder.parent)
         wrong = durable.damage(folder)
-        if wrong is None:
-            return _read(folder, tokenizer)
-        console.print(f"[yellow]Warning:[/] the token cache {folder} is damaged ({wrong}); made again.")
-        shutil.rmtree(folder)
-    made = _make(rows, tokenizer, max_length, console)
-    with durable.new_folder(folder) as aside, _without_bars():
-        made.save_to_disk(str(aside))
-    return _read(folder, tokenizer)
+        if wrong is not None:
+            if folder.is_dir():
+                say(f"Warning: {folder} in the cache is damaged ({wrong}); made again.", "yellow")
+                shutil.rmtree(folder)
+            make(folder)
+    return folder
 
 
 @contextlib.contextmanager
