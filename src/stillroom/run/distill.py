@@ -1,6 +1,5 @@
 """The whole path: recipe to data, teacher, method, loop, student, evaluation, `metrics.json`."""
 
-import contextlib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +11,14 @@ from rich.console import Console
 from stillroom import durable, encoder, methods, preflight, processes
 from stillroom.data.soft_labels import logits_of
 from stillroom.encoder import Encoder
-from stillroom.errors import WrongInput
 from stillroom.evaluation import cost, predictions, robustness
 from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predict import predict, predict_rows
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
-from stillroom.provenance import CONTROL, METRICS, RECIPE, STUDENT, environment
+from stillroom.provenance import CONTROL, METRICS, STUDENT, environment
 from stillroom.recipe import Recipe
 from stillroom.report import page
+from stillroom.run import opening
 from stillroom.run.parts import Common, Parts, training_figures
 from stillroom.training.loop import Trained
 
@@ -57,25 +56,10 @@ def distill(
     """
     processes.start()
     console, folder = processes.console(console), Path(output)
-    with processes.together():
-        given = _recipe_of(folder) if resume else recipe
-        if given is None:
-            raise ValueError("distill needs a recipe, or resume=True")
-        asked = methods.resolve(given)
-    with contextlib.ExitStack() as held:
-        with processes.together():
-            if processes.is_main():
-                if not dry_run:
-                    held.enter_context(durable.locked(folder))
-                    for place in (folder, folder / CONTROL):
-                        durable.remove_leftovers(place)
-                if not resume:
-                    teacher = Path("" if asked.teacher is None else asked.teacher.name).absolute()
-                    durable.require_empty(
-                        folder,
-                        "Give another folder, or go on with --resume.",
-                        besides=teacher if teacher.parent == folder.absolute() else None,
-                    )
+    asked = opening.asked(recipe, Recipe, folder, methods.resolve, resume=resume)
+    place = Path("" if asked.teacher is None else asked.teacher.name).absolute()
+    inside = place if place.parent == folder.absolute() else None
+    with opening.held(folder, resume=resume, dry_run=dry_run, besides=inside):
         common = processes.main_first(lambda: Common.load(asked, console))
         unlabelled = processes.main_first(lambda: Parts.of(asked, common, console))
         checked = processes.on_main(lambda: preflight.check(unlabelled.to_check(asked, folder), console))
@@ -97,17 +81,6 @@ def distill(
             return metrics
 
         return processes.on_main(finish)
-
-
-def _recipe_of(folder: Path) -> Recipe:
-    """Return the recipe of a run to resume."""
-    path = folder / RECIPE
-    if not path.exists():
-        raise WrongInput(
-            f"{folder} is no run to resume: it has no {RECIPE}. A run writes it once its checks "
-            "have passed; start it again without --resume."
-        )
-    return Recipe.load(path)
 
 
 def _measure(

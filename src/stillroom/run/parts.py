@@ -21,8 +21,9 @@ from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predict import predict
 from stillroom.generator import Generator
 from stillroom.methods.base import Context, Plan
-from stillroom.provenance import RECIPE, STUDENT, environment
+from stillroom.provenance import STUDENT
 from stillroom.recipe import MethodSettings, Recipe
+from stillroom.run import opening
 from stillroom.run.labels import label_augmented
 from stillroom.teacher import Teacher
 from stillroom.teacher.choose import choose
@@ -229,26 +230,12 @@ class Parts:
         return model
 
     def start(self, recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> Recipe:
-        """Write down what the run starts from, or with `resume` check that it still is that.
-
-        Returns:
-            The recipe with the precision spelt out, so that it stays what it is on a machine
-            without bf16.
-        """
+        """Return the recipe as `opening.begin` does."""
         # A folded start follows from teacher and rows, but its last bits from the machine as well.
         made = None if recipe.init == "pca" else self.student
         teacher = self.teacher if self.teaches else None
         inputs = provenance.inputs_of(self.dataset, teacher, made, self.tokens, self.generator)
-        machine = environment(bf16=self.bf16)
-        if resume:
-            provenance.require_same(folder, inputs, machine, console)
-            return recipe
-        provenance.save(folder, inputs, machine)
-        precision = {"precision": machine["precision"]}
-        training = recipe.training.model_copy(update=precision)
-        recipe = recipe.model_copy(update={"training": training})
-        recipe.save(folder / RECIPE)
-        return recipe
+        return opening.begin(recipe, folder, inputs, console, bf16=self.bf16, resume=resume)
 
     def control(self, recipe: Recipe) -> tuple[Recipe, "Parts"]:
         """Return the same run from hard labels alone, everything else equal."""

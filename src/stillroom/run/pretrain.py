@@ -1,6 +1,5 @@
 """Task-agnostic distillation: raw text in, a student out that any task can start from."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 
-from stillroom import durable, encoder, methods, preflight, processes, provenance, student
+from stillroom import durable, encoder, methods, preflight, processes, student
 from stillroom.data import packed
 from stillroom.data.batching import Batch, make_batch
 from stillroom.data.packed import Packed
@@ -23,9 +22,10 @@ from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.evaluation.held_out import follow
 from stillroom.methods.base import Context, Plan
-from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
+from stillroom.provenance import METRICS, STUDENT, environment
 from stillroom.recipe import MethodSettings, PretrainRecipe
 from stillroom.report import page
+from stillroom.run import opening
 from stillroom.run.parts import training_figures
 from stillroom.teacher.live import LiveTeacher
 from stillroom.training.loop import Job, train, use_bf16
@@ -70,19 +70,8 @@ def pretrain(
     """
     processes.start()
     console, folder = processes.console(console), Path(output)
-    with processes.together():
-        given = _recipe_of(folder) if resume else recipe
-        if given is None:
-            raise ValueError("pretrain needs a recipe, or resume=True")
-        asked = resolve(given)
-    with contextlib.ExitStack() as held:
-        with processes.together():
-            if processes.is_main():
-                if not dry_run:
-                    held.enter_context(durable.locked(folder))
-                    durable.remove_leftovers(folder)
-                if not resume:
-                    durable.require_empty(folder, "Give another folder, or go on with --resume.")
+    asked = opening.asked(recipe, PretrainRecipe, folder, resolve, resume=resume)
+    with opening.held(folder, resume=resume, dry_run=dry_run):
         parts = processes.main_first(lambda: _Parts.of(asked, console))
         checked = processes.on_main(
             lambda: preflight.check_pretraining(parts.to_check(asked, folder), console)
@@ -125,16 +114,6 @@ def resolve(recipe: PretrainRecipe) -> PretrainRecipe:
     settings = methods.settings_of(recipe.method)
     method = MethodSettings(name=recipe.method.name, **settings.model_dump(mode="json"))
     return recipe.model_copy(update={"method": method})
-
-
-def _recipe_of(folder: Path) -> PretrainRecipe:
-    path = folder / RECIPE
-    if not path.exists():
-        raise WrongInput(
-            f"{folder} is no run to resume: it has no {RECIPE}. A run writes it once its checks "
-            "have passed; start it again without --resume."
-        )
-    return PretrainRecipe.load(path)
 
 
 @dataclass(frozen=True)
@@ -241,15 +220,7 @@ class _Parts:
         inputs = {"teacher": weights_hash(self.teacher.model), "text": self.text.key}
         if recipe.init != "pca":
             inputs["student at the start"] = weights_hash(self.student.model)
-        machine = environment(bf16=self.bf16)
-        if resume:
-            provenance.require_same(folder, inputs, machine, console)
-            return recipe
-        provenance.save(folder, inputs, machine)
-        training = recipe.training.model_copy(update={"precision": machine["precision"]})
-        recipe = recipe.model_copy(update={"training": training})
-        recipe.save(folder / RECIPE)
-        return recipe
+        return opening.begin(recipe, folder, inputs, console, bf16=self.bf16, resume=resume)
 
     def job(self, recipe: PretrainRecipe, folder: Path) -> Job:
         """Return what the loop trains."""
