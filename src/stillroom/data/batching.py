@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stillroom.data.tasks import Rows
@@ -17,25 +18,75 @@ _POOL = 50
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where a batch's real tokens are, so that they can stand in one row without padding.
+
+    `places` `(T,)` int64 are those in the flattened `(B, S)`, row after row; `starts` `(B + 1,)` int32 say
+    where each row starts among them, and where the last one ends; no row is longer than `longest`, and the
+    padded batch has the `shape` `(B, S)`.
+    """
+
+    places: Tensor
+    starts: Tensor
+    longest: int
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, mask_BS: Tensor) -> "Layout | None":
+        """Return the layout of a mask, or None where nothing is padding. Reads the mask: on the CPU.
+
+        Example:
+            >>> layout = Layout.of(torch.tensor([[1, 1, 0], [1, 1, 1]]))
+            >>> layout.places.tolist(), layout.starts.tolist(), layout.longest
+            ([0, 1, 3, 4, 5], [0, 2, 5], 3)
+        """
+        lengths = mask_BS.sum(1)
+        if bool((lengths == mask_BS.shape[1]).all()):
+            return None
+        starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+        return cls(mask_BS.flatten().nonzero()[:, 0], starts, int(lengths.max()), mask_BS.shape)
+
+    def to(self, device: torch.device) -> "Layout":
+        """Return a copy on `device` (without waiting for the transfer)."""
+        places, starts = (x.to(device, non_blocking=True) for x in (self.places, self.starts))
+        return replace(self, places=places, starts=starts)
+
+    def pack(self, states_BSD: Tensor) -> Tensor:
+        """Return the real tokens' states, shape `(1, T, D)`."""
+        return states_BSD.flatten(0, 1).index_select(0, self.places)[None]
+
+    def unpack(self, states_1TD: Tensor) -> Tensor:
+        """Return the states where they were, `(B, S, D)`, and 0 on padding."""
+        B, S = self.shape
+        flat = states_1TD.new_zeros(B * S, states_1TD.shape[-1])
+        return flat.index_copy_(0, self.places, states_1TD[0]).view(B, S, -1)
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What an encoder reads. All int64, shape `(B, S)`; `attention_mask` is 1 on real tokens.
 
     `positions` `(n,)`, in the flattened `(B, S)`, are words that a masked-LM head guesses; else None.
+    With a `layout` an encoder may leave the padding out; what it returns is padded as ever.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor | None
     positions: Tensor | None = None
+    layout: Layout | None = None
 
     def to(self, device: torch.device) -> "Inputs":
-        """Return a copy on `device` (without waiting for the transfer)."""
-        types, positions = self.token_type_ids, self.positions
+        """Return a copy on `device` (without waiting for the transfer); one for a GPU gets its layout."""
+        types, positions, layout = self.token_type_ids, self.positions, self.layout
+        if device.type == "cuda" and self.attention_mask.device.type == "cpu":
+            layout = Layout.of(self.attention_mask)
         return Inputs(
             self.input_ids.to(device, non_blocking=True),
             self.attention_mask.to(device, non_blocking=True),
             None if types is None else types.to(device, non_blocking=True),
             None if positions is None else positions.to(device, non_blocking=True),
+            None if layout is None else layout.to(device),
         )
 
     def take(self, rows: slice) -> "Inputs":

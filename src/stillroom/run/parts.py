@@ -70,6 +70,7 @@ class Common:
         else:
             teacher = encoder.load(recipe.teacher.name)
             preflight.require_same_head(dataset.task, teacher)
+        teacher.packed = recipe.training.packed == "auto"
         most = recipe.dataset.max_length
         tokens = tokens_of(dataset, teacher, most, console)
         made = cls(

@@ -53,11 +53,14 @@ def compiled_blocks(student: Encoder) -> Iterator[None]:
     are dynamic, so that a batch of another length compiles nothing anew.
     """
     _, blocks = student.blocks()
+    # Compiled blocks keep their padding: whether they could leave it out was not tried.
+    packed, student.packed = student.packed, False
     for block in blocks:
         block.forward = _choosing(block)
     try:
         yield
     finally:
+        student.packed = packed
         for block in blocks:
             del block.forward
 

@@ -199,6 +199,7 @@ def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = No
             or if the disk is full.
     """
     keep_freed_memory()
+    job.student.packed = job.settings.packed == "auto"
     # A generator may write any word.
     ids = None if job.plan.augmentation or job.any_word else job.student_tokens.ids
     with trained_words(job.student, ids) as words, _quicker(job):
