@@ -75,7 +75,8 @@ def sweep(
         What `sweep.json` holds: `dataset`, `split` and `rows` that were scored, `metric`, `objectives`,
         `trials` (for each its `run`, `state`, `values` by key, the objectives, `seconds`, and of one
         that failed the `error`) and `best`: the runs that no other beats in every objective, best
-        quality first. `best.yaml` is the recipe of the first, for the data as it is.
+        quality first; of equal ones the first. `best.yaml` is the recipe of the first of these, for the
+        data as it is.
 
     Raises:
         WrongInput: If anything is not as expected, or the folder holds another sweep.
@@ -381,24 +382,27 @@ def _collect(folder: Path, chosen: Sweep, handout: Handout) -> dict[str, Any]:
 def front(found: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Return the runs that no other beats: as good in every objective, better in one. Best quality first.
 
+    Of runs that are equal in every objective the first stands for all.
+
     Example:
         >>> a, b, c = ({"quality": q, "latency": t} for q, t in ((0.9, 3.0), (0.8, 1.0), (0.8, 2.0)))
-        >>> front({"a": a, "b": b, "c": c})
+        >>> front({"a": a, "b": b, "c": c, "d": b})
         ['a', 'b']
     """
 
     def losses(values: Mapping[str, float]) -> list[float]:
         return [-v if _DIRECTIONS[name] == "maximize" else v for name, v in values.items()]
 
-    points = {name: losses(values) for name, values in found.items()}
+    runs: dict[tuple[float, ...], str] = {}
+    for name, values in found.items():
+        runs.setdefault(tuple(losses(values)), name)
 
-    def beaten(name: str) -> bool:
-        mine = points[name]
-        others = (other for key, other in points.items() if key != name and other != mine)
+    def beaten(mine: tuple[float, ...]) -> bool:
+        others = (other for other in runs if other != mine)
         return any(all(a <= b for a, b in zip(other, mine, strict=True)) for other in others)
 
-    kept = [name for name in points if not beaten(name)]
-    return sorted(kept, key=lambda name: (-found[name].get("quality", 0.0), points[name], name))
+    kept = {runs[point]: point for point in runs if not beaten(point)}
+    return sorted(kept, key=lambda name: (-found[name].get("quality", 0.0), kept[name]))
 
 
 def read(path: Path) -> dict[str, Any]:
