@@ -249,6 +249,26 @@ class VariantSettings(Settings):
         return values
 
 
+class OutOfDomainSettings(Settings):
+    """Rows of another source, to score every student and the teacher on; a text is short for `dataset`."""
+
+    dataset: DatasetSettings
+    """Where they come from."""
+    split: str | None = None
+    """Which split. Default: every row of a single file (`all`), else `validation`."""
+    labels: dict[str, str] = {}
+    """What labels of the data, or of the models, count as, where it is not the one of the same name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_stands_for_dataset(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            values = {"dataset": values}
+        if isinstance(values, Mapping) and isinstance(values.get("dataset"), str):
+            values = {**values, "dataset": {"name": values["dataset"]}}
+        return values
+
+
 class Comparison(_RecipeFile):
     """All of a comparison: every student by every method and every seed. Saved as `compare.yaml`."""
 
@@ -262,6 +282,8 @@ class Comparison(_RecipeFile):
     """By the name that tables show. A list of `NAME` or `NAME:OPTION=VALUE:...` is short for it."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0, 1, 2)
     """Values of `training.seed`; a single number N is short for 0 to N - 1."""
+    out_of_domain: dict[str, OutOfDomainSettings] = {}
+    """Sets of other sources to score teacher and students on, by the name that tables show."""
 
     @model_validator(mode="before")
     @classmethod

@@ -123,6 +123,35 @@ def test_a_comparison_can_grow(workspace: Workspace, compared: tuple[Path, Any],
     assert list(methods) == ["none", VARIANT, "kd"] and "against_control" in methods["kd"]
 
 
+def test_students_are_scored_out_of_domain(
+    workspace: Workspace, compared: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Validation rows under other label names: the same accuracy, and mapped the other way 1 - it."""
+    lines = (workspace.data / "validation.csv").read_text().splitlines()
+    other = tmp_path / "other.csv"
+    renamed = [line.replace(",positive", ",good").replace(",negative", ",bad") for line in lines]
+    other.write_text("\n".join(renamed) + "\n")
+    rows = f"out_of_domain.{{}}={{{{dataset: {other}, labels: {{{{good: {{}}, bad: {{}}}}}}}}}}"
+    more = []
+    for name, good, bad in (("same", "positive", "negative"), ("turned", "negative", "positive")):
+        more += ["--set", rows.format(name, good, bad)]
+    folder = tmp_path / "out"
+    found = json.loads(run(*command(workspace, folder, "--json", *more, seeds=2)).stdout)
+    teacher = found["teacher"]
+    assert teacher["out_of_domain"]["same"] == pytest.approx(teacher["metrics"])
+    for one in found["students"]["layers:2,4"]["methods"].values():
+        same, turned = (one["out_of_domain"][name] for name in ("same", "turned"))
+        assert same["mean"] == pytest.approx(one["mean"])
+        assert same["standard_deviation"] == pytest.approx(one["standard_deviation"])
+        assert turned["mean"]["accuracy"] == pytest.approx(1 - one["mean"]["accuracy"])
+    assert "sets of other sources" in (folder / "report.html").read_text()
+    assert "out of domain" in run(*command(workspace, folder, *more)).stdout
+    refused = run(*command(workspace, folder), code=2)
+    assert "out_of_domain.same" in refused.stderr
+    wrong = run(*command(workspace, tmp_path / "b", "--set", f"out_of_domain.x={other}"), code=2)
+    assert "good" in wrong.stderr and "positive" in wrong.stderr
+
+
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_to_the_same_figures(
     workspace: Workspace, compared: tuple[Path, Any], tmp_path: Path

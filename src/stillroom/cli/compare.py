@@ -230,7 +230,26 @@ def _show(found: dict[str, Any], folder: Path) -> None:
             count, speed = str(len(one["seeds"])), f"{one['examples_per_second']:.1f}"
             table.add_row(method, *cells, kept, count, f"{one['seconds']:.0f}", speed)
         frame.show(table)
+        if found["teacher"]["out_of_domain"]:
+            _show_out_of_domain(student, entry["methods"], found["teacher"]["out_of_domain"])
     frame.show(f"Numbers: {folder / 'compare.json'}")
+
+
+def _show_out_of_domain(
+    student: str, methods: dict[str, Any], teacher: dict[str, dict[str, float]]
+) -> None:
+    heads = [(name, metric) for name, metrics in teacher.items() for metric in metrics]
+    columns = {"method": "left"} | {f"{name} {metric}": "right" for name, metric in heads}
+    table = frame.table(columns, title=f"{student} out of domain")
+    table.add_row("teacher", *(f"{teacher[name][metric]:.4f}" for name, metric in heads))
+    for method, one in methods.items():
+        cells = []
+        for name, metric in heads:
+            other = one["out_of_domain"][name]
+            spread = other["standard_deviation"]
+            cells.append(f"{other['mean'][metric]:.4f}" + (f" ± {spread[metric]:.4f}" if spread else ""))
+        table.add_row(method, *cells)
+    frame.show(table)
 
 
 def _difference(against: dict[str, Any] | None, name: str) -> str:

@@ -80,7 +80,7 @@ def evaluate(
     maps: list[LabelMap | None] = []
     for name in names:
         model = encoder.load(name)
-        maps.append(None if labels is None else _label_map(name, labels, task, model))
+        maps.append(None if labels is None else label_map(name, labels, task, model))
         if labels is None:
             require_same_labels(name, model, task, console)
         most = min(settings.max_length, model.positions)
@@ -133,7 +133,8 @@ def evaluate(
     return found
 
 
-def _label_map(name: str, labels: Mapping[str, str], task: Task, model: Encoder) -> LabelMap:
+def label_map(name: str, labels: Mapping[str, str], task: Task, model: Encoder) -> LabelMap:
+    """Return what the labels of data and model count as, or raise `WrongInput`."""
     stated = model.config.problem_type
     if task.kind != "classification" or stated not in (None, encoder.PROBLEM_TYPES["classification"]):
         raise WrongInput(

@@ -49,6 +49,27 @@ def table(found: Mapping[str, Any]) -> Table:
     return Table(f"Each method over its seeds, on {found['rows']:,} validation rows", columns, rows, True)
 
 
+def out_of_domain(found: Mapping[str, Any]) -> Table | None:
+    """Return the means on sets of other sources; None where there are none."""
+    heads = [(name, next(iter(metrics))) for name, metrics in found["teacher"]["out_of_domain"].items()]
+    if not heads:
+        return None
+    columns = [("student", False), ("method", False)]
+    columns += [(f"{name}, {metric}{facts.unit(metric)}", True) for name, metric in heads]
+    entries = [("teacher", "", found["teacher"]["out_of_domain"])]
+    entries += [
+        (student, method, {name: other["mean"] for name, other in result["out_of_domain"].items()})
+        for student, costs in found["students"].items()
+        for method, result in costs["methods"].items()
+    ]
+    rows = [
+        [Cell(student, number=False), Cell(method, number=False)]
+        + [Cell(f"{100 * values[name][metric]:.1f}", values[name][metric]) for name, metric in heads]
+        for student, method, values in entries
+    ]
+    return Table("Means over the seeds on sets of other sources", columns, rows, True)
+
+
 def differences(found: Mapping[str, Any]) -> Picture | None:
     """Return what each method gains over the control, with its 95 % interval; None without a control."""
     several = len(found["students"]) > 1

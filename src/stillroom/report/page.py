@@ -58,6 +58,7 @@ def write_comparison(folder: Path, output: Path | None = None) -> Path:
         dataset=compared.found["dataset"],
         headline=comparison.headline(compared.found),
         results=comparison.table(compared.found),
+        elsewhere=comparison.out_of_domain(compared.found),
         quality=comparison.picture(compared.found),
         differences=comparison.differences(compared.found),
         curves=comparison.curves(compared),

@@ -23,10 +23,12 @@ from rich.console import Console
 from stillroom import durable, encoder, methods, preflight, provenance, student
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import Tokens
+from stillroom.encoder import Encoder
 from stillroom.errors import RunFailed, WrongInput
 from stillroom.evaluation import cost, predictions
 from stillroom.evaluation.metrics import predictions as answers
 from stillroom.evaluation.metrics import score
+from stillroom.evaluation.out_of_domain import OutOfDomain
 from stillroom.evaluation.predict import predict
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.evaluation.significance import RESAMPLED, bootstrap_over_seeds
@@ -41,6 +43,7 @@ COMPARISON = "compare.yaml"
 RESULTS = "compare.json"
 
 _COSTS = "costs.json"
+_ELSEWHERE = "out_of_domain.json"
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,9 @@ def compare(
     Returns:
         What `compare.json` holds: `teacher`, and under `students` for each its costs and `methods`: for
         each the `folder` of its runs by seed, the metrics by seed, `mean`, `standard_deviation` (None
-        for one seed), `retained` (share of the teacher's first metric), `seconds` and
-        `examples_per_second` of training (means), and where a control `none` is there,
+        for one seed), `retained` (share of the teacher's first metric), `out_of_domain` (mean and
+        standard deviation on each set of another source), `seconds` and `examples_per_second` of
+        training (means), and where a control `none` is there,
         `against_control`: the difference for each metric with a 95 % interval over rows and seeds
         (`bootstrap_over_seeds`).
 
@@ -115,7 +119,9 @@ def compare(
         comparison = _same_precision(folder, comparison)
         common = Common.load(_any_recipe(comparison), console)
         everything = _join(folder, comparison, common, console)
-        here = worker(comparison=comparison, common=common, logits=_teacher_logits(folder, common))
+        elsewhere = _out_of_domain(everything, common, console)
+        _score_teacher(folder, elsewhere, common, console)
+        here = worker(comparison, common, _teacher_logits(folder, common), elsewhere)
         if workers:
             here.handout.enqueue()
     if here.handout.missing() and workers:
@@ -174,6 +180,7 @@ class _Worker:
         comparison: Comparison,
         common: Common,
         logits: np.ndarray,
+        elsewhere: dict[str, OutOfDomain],
         *,
         folder: Path,
         storage: str | None,
@@ -181,6 +188,7 @@ class _Worker:
     ):
         self.runs = {run.name: run for run in runs_of(comparison)}
         self.logits = logits
+        self._elsewhere = elsewhere
         self._comparison, self._common, self._keep = comparison, common, keep_students
         self._checked: set[tuple[str, str]] = set()
         self.handout = Handout(folder, list(self.runs), self._do, storage=storage)
@@ -226,7 +234,10 @@ class _Worker:
         _keep(place, data, "student", logits)
         labels = data.splits["validation"].labels
         return {
-            "student": {"metrics": score(data.task, logits, labels)},
+            "student": {
+                "metrics": score(data.task, logits, labels),
+                "out_of_domain": _scores(self._elsewhere, parts.student, parts.bf16),
+            },
             "metric": data.task.metrics[0],
             "selected_step": trained.best_step or trained.steps,
             "train": training_figures(trained),
@@ -238,7 +249,10 @@ def _work(console: Console, folder: Path, comparison: Comparison, storage: str |
     """Do runs in a process of its own."""
     common = Common.load(_any_recipe(comparison), console)
     logits = predictions.load(folder / PREDICTIONS).logits["teacher"]
-    worker = _Worker(comparison, common, logits, folder=folder, storage=storage, keep_students=keep)
+    elsewhere = _out_of_domain(comparison, common, console)
+    worker = _Worker(
+        comparison, common, logits, elsewhere, folder=folder, storage=storage, keep_students=keep
+    )
     worker.handout.work(console)
 
 
@@ -310,6 +324,10 @@ def _changes(before: Comparison, now: Comparison) -> Iterator[str]:
                 "dataset": one.dataset.model_dump(mode="json", exclude=places),
                 "training": one.training.model_dump(mode="json"),
                 "init": one.init,
+                "out_of_domain": {
+                    name: other.model_dump(mode="json", exclude={"dataset": places})
+                    for name, other in one.out_of_domain.items()
+                },
                 "methods": {
                     name: variant.model_dump(mode="json")
                     for name, variant in one.methods.items()
@@ -343,6 +361,27 @@ def _teacher_logits(folder: Path, common: Common) -> np.ndarray:
     return predictions.load(folder / PREDICTIONS).logits["teacher"]
 
 
+def _out_of_domain(comparison: Comparison, common: Common, console: Console) -> dict[str, OutOfDomain]:
+    """Return the sets of other sources, by name."""
+    return {
+        name: OutOfDomain.load(settings, common.teacher, console)
+        for name, settings in comparison.out_of_domain.items()
+    }
+
+
+def _scores(sets: dict[str, OutOfDomain], model: Encoder, bf16: bool) -> dict[str, dict[str, float]]:
+    quiet = Console(quiet=True)
+    return {name: one.score(model, bf16=bf16, console=quiet) for name, one in sets.items()}
+
+
+def _score_teacher(folder: Path, sets: dict[str, OutOfDomain], common: Common, console: Console) -> None:
+    """Score the teacher on the sets of other sources, once for the folder."""
+    if not (folder / _ELSEWHERE).exists():
+        with console.status("Scoring the teacher out of domain"):
+            found = _scores(sets, common.teacher.to(Accelerator().device), common.bf16)
+        durable.write_json(folder / _ELSEWHERE, found)
+
+
 def _keep(folder: Path, dataset: Dataset, model: str, logits: np.ndarray) -> None:
     """Keep what a model said of the validation split, as a run does."""
     kept = Predictions(dataset.task, dataset.splits["validation"], {model: logits})
@@ -360,7 +399,7 @@ def _collect(
         "dataset": comparison.dataset.name,
         "rows": len(rows),
         "metric": task.metrics[0],
-        "teacher": {"metrics": teacher, **costs["teacher"]},
+        "teacher": {"metrics": teacher, "out_of_domain": _read(folder / _ELSEWHERE), **costs["teacher"]},
         "students": {},
     }
     for made in comparison.students:
@@ -399,18 +438,27 @@ def _summary(
     runs: dict[int, dict[str, Any]], teacher: dict[str, float], names: Sequence[str]
 ) -> dict[str, Any]:
     by_seed = {seed: run["student"]["metrics"] for seed, run in runs.items()}
-    values = {name: [metrics[name] for metrics in by_seed.values()] for name in names}
-    mean = {name: statistics.fmean(given) for name, given in values.items()}
+    summary = _over_seeds(list(by_seed.values()))
     goal = teacher[names[0]]
-    several = len(runs) > 1
+    elsewhere = [run["student"]["out_of_domain"] for run in runs.values()]
     return {
         "seeds": {str(seed): metrics for seed, metrics in by_seed.items()},
-        "mean": mean,
-        "standard_deviation": {n: statistics.stdev(v) for n, v in values.items()} if several else None,
-        "retained": mean[names[0]] / goal if goal else None,
+        **summary,
+        "retained": summary["mean"][names[0]] / goal if goal else None,
+        "out_of_domain": {name: _over_seeds([one[name] for one in elsewhere]) for name in elsewhere[0]},
         "seconds": statistics.fmean(run["train"]["seconds"] for run in runs.values()),
         "examples_per_second": statistics.fmean(r["train"]["examples_per_second"] for r in runs.values()),
         "steps": next(iter(runs.values()))["train"]["steps"],
+    }
+
+
+def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return mean and standard deviation of each metric; None for the deviation of one seed."""
+    values = {name: [metrics[name] for metrics in found] for name in found[0]}
+    several = len(found) > 1
+    return {
+        "mean": {name: statistics.fmean(given) for name, given in values.items()},
+        "standard_deviation": {n: statistics.stdev(v) for n, v in values.items()} if several else None,
     }
 
 
