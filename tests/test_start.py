@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import AutoModelForMaskedLM
 from workspace import write_data
 
 from stillroom import Recipe, distill, start, student
@@ -241,6 +242,48 @@ def test_norms_are_fitted_by_least_squares() -> None:
             assert rest.mean(0).abs().max() < 1e-5
             scale = s.std(0) * rest.std(0)
             assert (((s - s.mean(0)) * rest).mean(0) / scale).abs().max() < 1e-3
+
+
+def masked_lm(family: str, *, width: int = 24) -> Encoder:
+    like = make_encoder(family, layers=2, width=width)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForMaskedLM.from_config(like.config).eval()
+    return varied(Encoder(model, like.tokenizer, "masked-lm"))
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_masked_lm_head_is_folded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact without a narrower width; else the logits' mean is kept, and most of what varies in them."""
+    seen = []
+    whole = start.principal_projection
+    monkeypatch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+    teacher = masked_lm(family)
+    tokens = make_tokens(ROWS, teacher)
+    same = student.build("2x24x2x48", teacher, None, seed=0, init="random")
+    start.fold(teacher, same, (1, 2), tokens)
+    assert torch.allclose(logits(same), logits(teacher), atol=1e-4)
+    folded = student.build("2x20x2x48", teacher, None, seed=0, init="pca", tokens=tokens)
+    rest = student.build("2x20x2x48", teacher, None, seed=0, init="random")
+    start.fold(teacher, rest, (1, 2), tokens)
+    for name in start._FAMILIES[family].masked_lm:
+        fresh = student.build("2x20x2x48", teacher, None, seed=1, init="random").model.get_submodule(name)
+        rest.model.get_submodule(name).load_state_dict(fresh.state_dict())
+    mask = make_batch_of(ROWS, teacher).student.attention_mask.bool()
+    goal, found, without = (logits(model)[mask].double() for model in (teacher, folded, rest))
+    assert torch.allclose(found.mean(0), goal.mean(0), atol=1e-3)
+
+    def lost(logits_nV: Tensor) -> float:
+        varies = (goal - goal.mean(0)).square().sum()
+        return ((logits_nV - goal).square().sum() / varies).item()
+
+    assert lost(found) < 0.5 < 2 < lost(without)
+    # At the mean state the linear layer gives what the teacher's does.
+    names, P = start._FAMILIES[family], seen[-1]
+    stats = start._statistics(teacher, names, (1, 2), start.sample(tokens, start.TOKENS))
+    mean = stats.blocks[-1].state.mean[0]
+    old, new = (model.model.get_submodule(names.masked_lm[0]).double() for model in (teacher, folded))
+    assert torch.allclose(new(P.T @ mean), P.T @ old(mean), atol=1e-5)
 
 
 def test_a_student_of_a_trained_teacher_starts_above_chance() -> None:

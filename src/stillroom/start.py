@@ -32,7 +32,10 @@ _ROWS = 32
 
 @dataclass(frozen=True)
 class _Names:
-    """What a family calls the parts of a block, and the two layers of its classification head."""
+    """What a family calls the parts of a block, and two of each head.
+
+    Of a classification head both layers, of a masked-LM head the linear layer and the LayerNorm.
+    """
 
     query: str
     key: str
@@ -43,6 +46,7 @@ class _Names:
     ffn_out: str
     ffn_norm: str
     head: tuple[str, str]
+    masked_lm: tuple[str, str]
 
 
 _BERT_BLOCK = (
@@ -55,9 +59,17 @@ _BERT_BLOCK = (
     "output.dense",
     "output.LayerNorm",
 )
-_ROBERTA = _Names(*_BERT_BLOCK, head=("classifier.dense", "classifier.out_proj"))
+_ROBERTA = _Names(
+    *_BERT_BLOCK,
+    head=("classifier.dense", "classifier.out_proj"),
+    masked_lm=("lm_head.dense", "lm_head.layer_norm"),
+)
 _FAMILIES = {
-    "bert": _Names(*_BERT_BLOCK, head=("bert.pooler.dense", "classifier")),
+    "bert": _Names(
+        *_BERT_BLOCK,
+        head=("bert.pooler.dense", "classifier"),
+        masked_lm=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
+    ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "distilbert": _Names(
@@ -70,6 +82,7 @@ _FAMILIES = {
         "ffn.lin2",
         "output_layer_norm",
         head=("pre_classifier", "classifier"),
+        masked_lm=("vocab_transform", "vocab_layer_norm"),
     ),
 }
 
@@ -232,6 +245,7 @@ class _Seen:
     embeddings: _Moments
     blocks: tuple[_Block, ...]
     head: _Moments
+    masked_lm: _Moments
 
     def covariance(self) -> Tensor:
         """Return the covariance of hidden states, in which those of each place count alike."""
@@ -243,7 +257,8 @@ class _Seen:
 def _statistics(teacher: Encoder, names: _Names, layers: Sequence[int], batches: Sequence[Inputs]) -> _Seen:
     """Run the teacher and note what is needed of real tokens."""
     H = teacher.heads
-    seen = _Seen(_Moments(), tuple(_Block(*(_Moments() for _ in range(6))) for _ in layers), _Moments())
+    each = tuple(_Block(*(_Moments() for _ in range(6))) for _ in layers)
+    seen = _Seen(_Moments(), each, _Moments(), _Moments())
     mask = torch.empty(0, dtype=torch.bool)
 
     def note(moments: _Moments, groups: int, *, output: bool) -> Callable[..., None]:
@@ -266,7 +281,10 @@ def _statistics(teacher: Encoder, names: _Names, layers: Sequence[int], batches:
         ):
             wanted.append((blocks[layer - 1].get_submodule(name), note(moments, groups, output=output)))
     wanted.append((_embedding_norm(teacher), note(seen.embeddings, 1, output=True)))
-    if _has_head(teacher, names):
+    if _has(teacher, names.masked_lm):
+        norm = teacher.model.get_submodule(names.masked_lm[1])
+        wanted.append((norm, note(seen.masked_lm, 1, output=True)))
+    if _has(teacher, names.head):
 
         def note_head(_: nn.Module, given: tuple[Tensor, ...]) -> None:
             seen.head.add(given[0][..., None])
@@ -298,10 +316,10 @@ def _fold_weights(
         for name in (names.attention_norm, names.ffn_norm):
             _fold_norm(new.get_submodule(name), old.get_submodule(name), P)
         before = block.state
-    if _has_head(teacher, names):
+    if _has(teacher, names.head):
         _fold_head(teacher, student, names, seen.head, _outside(P, before), P)
-    else:
-        _copy_output_bias(teacher, student)
+    if _has(teacher, names.masked_lm):
+        _fold_masked_lm(teacher, student, names, seen.masked_lm, _outside(P, before), P)
 
 
 def _fold_embeddings(teacher: Encoder, student: Encoder, P: Tensor) -> None:
@@ -398,11 +416,21 @@ def _fold_head(
     _set(made_out.bias, out.bias.double() + W @ lost)
 
 
-def _copy_output_bias(teacher: Encoder, student: Encoder) -> None:
-    """Copy the bias of a masked-LM head's words; the rest of such a head starts at random."""
+def _fold_masked_lm(
+    teacher: Encoder, student: Encoder, names: _Names, seen: _Moments, outside: Tensor, P: Tensor
+) -> None:
+    """Write the layer that turns states into what is compared with each word; the words' table is tied.
+
+    Its activation works by axis, and P's axes lie near to old ones.
+    """
+    parts: Any = [[m.model.get_submodule(name) for name in names.masked_lm] for m in (teacher, student)]
+    (dense, norm), (made_dense, made_norm) = parts
+    W = dense.weight.double()
+    _set(made_dense.weight, P.T @ W @ P)
+    _set(made_dense.bias, P.T @ (dense.bias.double() + W @ outside))
+    _fold_norm(made_norm, norm, P)
     old, new = (model.model.get_output_embeddings() for model in (teacher, student))  # type: ignore[operator]
-    if old is not None and new is not None and old.bias is not None and new.bias is not None:
-        _set(new.bias, old.bias.double())
+    _set(new.bias, old.bias.double() + old.weight.double() @ _outside(P, seen))
 
 
 def _read(new: Any, old: Any, kept: Tensor, outside: Tensor, P: Tensor) -> None:
@@ -469,7 +497,8 @@ def _norms(model: Encoder, names: _Names, layers: Sequence[int]) -> list[nn.Modu
     """Return the LayerNorms in the order in which they are called."""
     blocks = [_blocks(model)[layer - 1] for layer in layers]
     inner = [b.get_submodule(n) for b in blocks for n in (names.attention_norm, names.ffn_norm)]
-    return [_embedding_norm(model), *inner]
+    masked_lm = [model.model.get_submodule(names.masked_lm[1])] if _has(model, names.masked_lm) else []
+    return [_embedding_norm(model), *inner, *masked_lm]
 
 
 def _joined(batches: Sequence[Inputs]) -> Inputs:
@@ -527,9 +556,9 @@ def _embedding_norm(model: Encoder) -> nn.Module:
     return norm
 
 
-def _has_head(model: Encoder, names: _Names) -> bool:
+def _has(model: Encoder, parts: tuple[str, str]) -> bool:
     inside = dict(model.model.named_modules())
-    return all(name in inside for name in names.head)
+    return all(name in inside for name in parts)
 
 
 @contextmanager
