@@ -8,11 +8,15 @@ Plain distillation (kd) of one epoch, batches of 32 and two threads, from a rand
 2x128 unless said otherwise: small models, so that what grows with the rows is not hidden behind products.
 
 - rows: SST-2's training rows, 1k, 4k, 16k and 64k, repeated where there are too few.
+- rows_of_one_length: as many rows, all of 16 tokens.
 - lengths: 512 rows of exactly so many tokens.
 - layers: students of so many layers of width 128.
 
-For each point, in a fresh process: seconds of training, of the whole run, and peak memory. Memory should
-not grow with the rows beyond the rows themselves.
+For each point, in a fresh process: seconds of training, of the whole run, peak memory, and how many lengths
+its batches have. Memory should not grow with the rows beyond the rows themselves. It does grow with the
+lengths: on a CPU oneDNN, which torch multiplies with, keeps kernels for each shape that it has seen, 1,024
+at most (ONEDNN_PRIMITIVE_CACHE_CAPACITY sets that), and more rows bring more lengths. Rows of one length
+show what the rows themselves cost.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from rich.console import Console
 from toys import (
     in_process,
     let_teacher_solve,
@@ -33,6 +38,11 @@ from toys import (
     training_seconds,
 )
 
+from stillroom import Recipe, distill, encoder
+from stillroom.data import sources
+from stillroom.data.batching import epoch_batches
+from stillroom.data.tokens import tokenise
+
 THREADS = 2
 BASE_LAYERS = 2
 SPECIAL_TOKENS = 2
@@ -40,8 +50,6 @@ SPECIAL_TOKENS = 2
 
 def point(work: Path, rows: Path, layers: int) -> dict[str, float]:
     """Return seconds and peak memory of one run in this process."""
-    from stillroom import Recipe, distill
-
     with tempfile.TemporaryDirectory(dir=work) as folder:
         overrides = recipe_overrides(
             rows,
@@ -53,12 +61,30 @@ def point(work: Path, rows: Path, layers: int) -> dict[str, float]:
             method__name="kd",
         )
         start = time.perf_counter()
-        metrics = distill(Recipe.load(None, overrides), f"{folder}/run")
+        recipe = Recipe.load(None, overrides)
+        metrics = distill(recipe, f"{folder}/run")
         return {
             "training_seconds": round(training_seconds(metrics), 2),
             "run_seconds": round(time.perf_counter() - start, 2),
             "peak_rss_mb": round(metrics["train"]["peak_rss_bytes"] / 1e6),
+            "batch_lengths": batch_lengths(recipe, str(work / "teacher")),
         }
+
+
+def batch_lengths(recipe: Recipe, teacher: str) -> int:
+    """Return how many padded lengths the batches of a run's epoch have."""
+    split = sources.load(recipe.dataset).splits["train"]
+    tokenizer = encoder.load(teacher).tokenizer
+    tokens = tokenise(split, tokenizer, max_length=recipe.dataset.max_length, console=Console(stderr=True))
+    given = recipe.training
+    batches = epoch_batches(
+        tokens.lengths,
+        seed=given.seed,
+        epoch=0,
+        batch_size=given.batch_size,
+        max_tokens=given.max_tokens,
+    )
+    return len({int(tokens.lengths[rows].max()) for rows in batches})
 
 
 def rows_of_length(folder: Path, length: int, rows: int) -> Path:
@@ -104,6 +130,10 @@ def main() -> None:
         "machine": machine() | {"threads": THREADS},
         "rows": {
             count: measure(make_rows(work / "rows" / str(count), options.data_dir, "sst2", count))
+            for count in options.rows
+        },
+        "rows_of_one_length": {
+            count: measure(rows_of_length(work / "rows" / f"one-length-{count}", 16, count))
             for count in options.rows
         },
         "lengths": {

@@ -2,6 +2,7 @@
 
     python benchmarks/utilisation.py --data-dir ../shared/data --work runs/utilisation
     python benchmarks/utilisation.py --data-dir ../shared/data --work /tmp/utilisation --rows 64 --rounds 1
+    python benchmarks/utilisation.py --data-dir ../shared/data --work runs/utilisation --compile
 
 Teacher 12x768, student 4x312, batches of 32 of QNLI's first rows, two threads. The share is
 
@@ -17,6 +18,9 @@ so that padding, optimiser, norms and reading count as waste. Measured:
 The rate is that of the fastest of torch's own products, of square matrices and of such as a layer has, in
 the precision that training has here (bf16 where the device computes it, else float32: the result says
 which), measured before and after each figure. On a GPU where there is one.
+
+With `--compile` something else: seconds of each of three cached epochs with `training.compile` and without,
+in turns. The first epoch of the first compiled run has torch's cache of compiled code still to fill.
 """
 
 import argparse
@@ -38,6 +42,7 @@ from stillroom.data.tokens import TokenisedRows
 BATCH_SIZE = 32
 THREADS = 2
 SIDES = ("teacher", "cached", "perturbed")
+COMPILE_SIDES = ("plain", "compiled")
 
 
 def forward_operations(lengths: np.ndarray, layers: int, width: int) -> float:
@@ -106,9 +111,16 @@ def teacher_pass(work: Path, bf16: bool) -> float:
     return time.perf_counter() - start
 
 
-def cached_epoch(work: Path, *, perturbed: bool) -> float:
-    """Return the seconds of a run's one epoch on a recording that an earlier run has made."""
+def cached_epochs(
+    work: Path, epochs: int, *, perturbed: bool = False, compiled: bool = False
+) -> list[float]:
+    """Return the seconds of each epoch of a run on a recording that an earlier run has made."""
     from stillroom import Recipe, distill
+    from stillroom.data.batching import epoch_batches
+
+    lengths = tokens_of(work).lengths
+    # One line of the log is then one epoch.
+    steps = len(epoch_batches(lengths, seed=0, epoch=0, batch_size=BATCH_SIZE, max_tokens=8192))
 
     with tempfile.TemporaryDirectory(dir=work) as folder:
         overrides = recipe_overrides(
@@ -116,27 +128,52 @@ def cached_epoch(work: Path, *, perturbed: bool) -> float:
             teacher__name=str(work / "teacher"),
             teacher__cache=str(work / "recording"),
             student=str(work / "student"),
-            training__epochs=1,
+            training__epochs=epochs,
             training__batch_size=BATCH_SIZE,
+            training__compile=compiled,
+            training__log_every=steps,
             method__name="lrc-bert",
             method__switch=0,
             method__perturbation="both" if perturbed else "off",
             method__layer_map=list(LAYERS.values()),
         )
-        return float(distill(Recipe.load(None, overrides), f"{folder}/run")["train"]["seconds"])
+        distill(Recipe.load(None, overrides), f"{folder}/run")
+        log = [json.loads(line) for line in Path(f"{folder}/run/log.jsonl").read_text().splitlines()]
+        return [len(lengths) / line["examples_per_second"] for line in log if "loss" in line]
 
 
 def one_side(side: str, work: Path) -> dict[str, object]:
     from stillroom.training.loop import use_bf16
 
+    if side in COMPILE_SIDES:
+        return {"seconds": cached_epochs(work, 3, compiled=side == "compiled")}
     bf16 = use_bf16("auto")
     before = product_rate(bf16)
     seconds = (
-        teacher_pass(work, bf16) if side == "teacher" else cached_epoch(work, perturbed=side == "perturbed")
+        teacher_pass(work, bf16)
+        if side == "teacher"
+        else cached_epochs(work, 1, perturbed=side == "perturbed")[0]
     )
     rate = max(before, product_rate(bf16))
     done = operations(side, tokens_of(work).lengths)
     return {"share": done / seconds / rate, "seconds": seconds, "rate": rate, "bf16": bf16}
+
+
+def compiling(given: list[object], rows: int, rounds: int) -> dict[str, object]:
+    """Return the seconds of each epoch with and without compiled blocks, and what a later epoch gains."""
+    seconds: dict[str, list[list[float]]] = {side: [] for side in COMPILE_SIDES}
+    for _ in range(rounds):
+        for side in COMPILE_SIDES:
+            seconds[side].append(in_process(__file__, [*given, side], threads=THREADS)["seconds"])
+    last = {side: [epochs[-1] for epochs in runs] for side, runs in seconds.items()}
+    return {
+        "machine": machine() | {"threads": THREADS},
+        "rows": rows,
+        "seconds": {side: [[round(s, 2) for s in run] for run in runs] for side, runs in seconds.items()},
+        "plain_over_compiled": round(
+            statistics.median(a / b for a, b in zip(last["plain"], last["compiled"], strict=True)), 3
+        ),
+    }
 
 
 def main() -> None:
@@ -145,7 +182,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="for models, rows and recording")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3, help="how often each side is timed")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help="time training.compile and nothing else")
+    parser.add_argument("--side", choices=SIDES + COMPILE_SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     work = options.work.absolute()
     if options.side:
@@ -161,6 +199,9 @@ def main() -> None:
     given = ["--data-dir", options.data_dir, "--work", work, "--side"]
     # The first run makes the recording that the others read.
     in_process(__file__, [*given, "cached"], threads=THREADS)
+    if options.compile:
+        print(json.dumps(compiling(given, options.rows, options.rounds), indent=2))
+        return
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side in SIDES:

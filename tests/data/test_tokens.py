@@ -4,6 +4,7 @@ import io
 import os
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,6 +83,28 @@ def test_more_rows_than_are_tokenised_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "_CHUNK", 5)
     again = module._make(rows, make_tokenizer(), 32, QUIET)
     assert [list(ids) for ids in again["ids"]] == [row(whole, i) for i in range(23)]
+
+
+def test_python_holds_no_more_than_the_rows_that_are_tokenised_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Python's numbers in lists the tokens of a set took more memory than its training."""
+    monkeypatch.setattr(module, "_CHUNK", 200)
+    task, tokenizer, quiet = make_task(), make_tokenizer(), Console(quiet=True)
+
+    def most(count: int) -> int:
+        rows = make_rows(task, count)
+        tracemalloc.start()
+        try:
+            module._make(rows, tokenizer, 32, quiet)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    most(50)
+    few, many = most(400), most(1600)
+    # A row of ten tokens was 160 bytes of pointers and more. A chunk's table in Arrow is a few objects.
+    assert (many - few) / 1200 < 120
 
 
 def test_no_types_where_the_tokenizer_makes_none() -> None:

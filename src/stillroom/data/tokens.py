@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset as ArrowDataset
-from datasets import Features, List, Value
+from datasets import Features, List, Value, concatenate_datasets
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from rich.console import Console
 from rich.progress import track
@@ -150,7 +150,8 @@ def _without_bars() -> Iterator[None]:
 
 
 def _make(rows: Rows, tokenizer: Any, max_length: int, console: Console) -> ArrowDataset:
-    columns: dict[str, list[Any]] = {"ids": [], "types": [], "truncated": []}
+    # As Arrow chunk by chunk: Python's lists of all rows would take ten times as much.
+    made = [ArrowDataset.from_dict({"ids": [], "types": [], "truncated": []}, features=_FEATURES)]
     chunks: Any = range(0, len(rows), _CHUNK)
     if len(rows) > 20 * _CHUNK:
         chunks = track(chunks, "Tokenising", console=console, transient=True)
@@ -168,11 +169,13 @@ def _make(rows: Rows, tokenizer: Any, max_length: int, console: Console) -> Arro
             for key in encoded:
                 for i, value in zip(long, cut[key], strict=True):
                     encoded[key][i] = value
-        columns["ids"].extend(encoded["input_ids"])
-        types = encoded.get("token_type_ids")
-        columns["types"].extend(types if types is not None else [[] for _ in lengths])
-        columns["truncated"].extend(length > max_length for length in lengths)
-    return ArrowDataset.from_dict(columns, features=_FEATURES)
+        columns = {
+            "ids": encoded["input_ids"],
+            "types": encoded.get("token_type_ids", [[] for _ in lengths]),
+            "truncated": [length > max_length for length in lengths],
+        }
+        made.append(ArrowDataset.from_dict(columns, features=_FEATURES))
+    return concatenate_datasets(made)
 
 
 def _read(folder: Path, tokenizer: Any) -> TokenisedRows:
