@@ -228,28 +228,55 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path, monkeypatch: pyt
 )
 def test_a_full_disk_is_explained(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(RunFailed, match=r"disk that holds .*place is full \(.*--resume"):
-        with durable.explain_full_disk(tmp_path / "place"):
+        with durable.explain_writing(tmp_path / "place"):
             raise error
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(errno.EACCES, "Permission denied"),
-        SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)"),
+        OSError(errno.EIO, "Input/output error"),
+        SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"),
         SafetensorError("invalid header"),
         ValueError("os error 28"),
     ],
 )
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, durable.explain_full_disk(tmp_path):
+    with pytest.raises(type(error)) as caught, durable.explain_writing(tmp_path):
         raise error
     assert caught.value is error
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EROFS, "Read-only file system"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)"),
+    ],
+)
+def test_a_place_that_may_not_be_written_is_named(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(WrongInput, match=r"place cannot be written \(.*Give a place where you may write"):
+        with durable.explain_writing(tmp_path / "place"):
+            raise error
+
+
+def test_what_is_in_the_way_is_left_as_it_is(tmp_path: Path) -> None:
+    """A file above the place, a folder where a file is to be, a name that is too long."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "file" / "new", tmp_path / ("n" * 300) / "new"):
+        for write in (lambda place=place: durable.write_text(place, "2"), lambda place=place: fill(place)):
+            with pytest.raises(WrongInput, match="cannot be written"):
+                write()
+    with pytest.raises(WrongInput, match="Expected a file to write, found a folder at .*folder"):
+        durable.write_text(tmp_path / "folder", "2")
+    assert (tmp_path / "file").read_text() == "mine" and names(tmp_path) == ["file", "folder"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_known_by_what_python_really_raises(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed), durable.explain_full_disk(tmp_path):
+    with pytest.raises(RunFailed), durable.explain_writing(tmp_path):
         with open("/dev/full", "w") as stream:
             stream.write("text")
 

@@ -25,6 +25,18 @@ LOCK = ".lock"
 
 _ASIDE = ".aside-"
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_NOT_HERE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
+
 
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
@@ -33,20 +45,30 @@ def sha256_of_file(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into a `RunFailed` that names the place."""
+def explain_writing(path: Path) -> Iterator[None]:
+    """Say what is wrong where `path` cannot be written, and what to do.
+
+    Raises:
+        RunFailed: If there is no space left, or the quota is used up.
+        WrongInput: If nothing may be written there, or something is in the way.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors has no errno, it puts the number into its text.
         text = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else text and int(text[1])
-        if number not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunFailed(
-            f"The disk that holds {path} is full ({os.strerror(number)}). What was there before is "
-            "untouched. Free some space and run the same command again, with --resume for a run."
-        ) from error
+        number = error.errno if isinstance(error, OSError) else int(text[1]) if text else None
+        if number in _FULL:
+            raise RunFailed(
+                f"The disk that holds {path} is full ({os.strerror(number)}). What was there before is "
+                "untouched. Free some space and run the same command again, with --resume for a run."
+            ) from error
+        if number in _NOT_HERE:
+            raise WrongInput(
+                f"{path} cannot be written ({os.strerror(number)}). Give a place where you may write and "
+                "nothing else is in the way."
+            ) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,7 +85,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a stream to write; on success its file replaces `path`, else `path` is as it was."""
-    with explain_full_disk(path):
+    with explain_writing(path):
+        if path.is_dir():
+            raise WrongInput(f"Expected a file to write, found a folder at {path}. Give a file in it.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_ASIDE, dir=path.parent)
         aside = Path(name)
@@ -92,7 +116,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     A folder that stood at `target` is replaced. If the block raises, or the process dies, `target`
     is as it was before; only in the moment between the two renames of a replacement is it not there.
     """
-    with explain_full_disk(target):
+    with explain_writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=_ASIDE, dir=target.parent))
         try:
@@ -161,7 +185,7 @@ def locked(
         wait: Wait for the other process instead of raising.
         say: Is told when there is one to wait for.
     """
-    with explain_full_disk(folder):
+    with explain_writing(folder):
         if folder.exists() and not folder.is_dir():
             raise WrongInput(f"Expected an output folder, found a file at {folder}.")
         folder.mkdir(parents=True, exist_ok=True)

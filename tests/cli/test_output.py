@@ -69,6 +69,17 @@ app()
         assert text in found.stderr
 
 
+def test_a_path_that_the_system_refuses_is_wrong_input() -> None:
+    def work(console: Console) -> dict[str, Any]:
+        return {"found": Path("n" * 300).is_dir()}
+
+    result = CliRunner().invoke(_app(work))
+    assert result.exit_code == 2 and "not expected" not in result.stderr
+    assert "nnn cannot be used: File name too long. Check the path" in result.stderr
+    # Without a path it is none of the user's.
+    assert CliRunner().invoke(_app(_raises(PermissionError(13, "denied")))).exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(WrongInput("no such thing"), 2), (RunFailed("no such thing"), 1)]
 )

@@ -6,6 +6,7 @@ library, typer and rich are imported at start-up, so that `--help` comes at once
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import shlex
@@ -27,6 +28,9 @@ from stillroom.errors import StillroomError, WrongInput
 
 DEBUG = "STILLROOM_DEBUG"
 """Environment variable that shows the traceback of errors; `--debug` sets it."""
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+"""What the system says of a path that cannot be used: no fault of the program."""
 
 _NOISY = r"(transformers|datasets|torch|accelerate|huggingface_hub|sklearn)(\.|$)"
 
@@ -171,6 +175,9 @@ def execute(
     except KeyboardInterrupt:
         _fail(console, stopped(), 130, as_json=as_json, debug=debug)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
+            place = f"{error.filename} cannot be used: {error.strerror}. Check the path and who may use it."
+            _fail(console, place, 2, as_json=as_json, debug=debug)
         reason = f"{type(error).__name__}: {error}"
         hint = "" if debug else f"\nThis was not expected. Set {DEBUG}=1 to see where it came from."
         _fail(console, reason + hint, 1, as_json=as_json, debug=debug)

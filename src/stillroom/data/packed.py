@@ -205,7 +205,7 @@ def _make(
     left = np.empty(0, dtype)
     schema = pa.schema([pa.field("ids", pa.from_numpy_dtype(dtype))])
     with (
-        durable.explain_full_disk(folder.parent),
+        durable.explain_writing(folder.parent),
         durable.new_folder(folder) as aside,
         pa.OSFile(str(aside / _IDS), "wb") as sink,
         _progress(console) as bar,

@@ -183,7 +183,7 @@ class Cache:
         Raises:
             WrongInput: If the cache is of another teacher, tokenizer, length or precision.
         """
-        with durable.explain_full_disk(self.folder):
+        with durable.explain_writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         lock = self._lock
         try:

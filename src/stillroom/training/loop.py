@@ -492,7 +492,7 @@ class _Log:
         if not processes.is_main():
             return
         with (
-            durable.explain_full_disk(self._path),
+            durable.explain_writing(self._path),
             self._path.open("a", encoding="utf-8") as stream,
         ):
             stream.write(json.dumps(line) + "\n")
