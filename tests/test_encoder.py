@@ -563,6 +563,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "head missing": (lambda m: drop_weights(m, containing="classifier"), "no trained classification head"),
     "no configuration": (lambda m: (m / "config.json").unlink(), "model_type"),
     "half a configuration": (lambda m: os.truncate(m / "config.json", 60), "config"),
+    "a list for a configuration": (lambda m: (m / "config.json").write_text("[]"), "config.json"),
     "another family": (lambda m: edit_config(m, model_type="roberta"), "lacks weights"),
     "no encoder": (lambda m: edit_config(m, model_type="t5"), "cannot be loaded|lacks weights"),
     "unknown family": (lambda m: edit_config(m, model_type="nope"), "nope"),

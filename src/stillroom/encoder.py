@@ -676,7 +676,15 @@ def explain_load(name: str, what: str = "a sequence-classification encoder") -> 
         raise WrongInput(
             f"The files of {name} are damaged: {type(error).__name__}: {error}. Copy the model again."
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WrongInput(
             f"{name} cannot be loaded as {what}: {reason} Expected a folder or hub id with "

@@ -1,11 +1,14 @@
 """Perturbed texts: seeded, bounded, and only where they are meant to be."""
 
+import numpy as np
 import pytest
 
-from stillroom.evaluation.robustness import PERTURBATIONS, perturbed, swapped_words, typos
+from stillroom.data.tasks import Rows
+from stillroom.evaluation import robustness
+from stillroom.evaluation.robustness import PERTURBATIONS, measure, perturbed, swapped_words, typos
 from tiny import make_rows, make_task
 
-TEXT = "An unexpectedly wonderful evening, with 42 clowns: <b>never</b> dull."
+TEXT = "An unexpectedly wonderful evening, with 42 clowns: <b>never</b> dull. The Committee agreed."
 
 
 def test_no_share_changes_nothing() -> None:
@@ -26,6 +29,21 @@ def test_every_word_of_four_letters_gets_one_typo_and_nothing_else_does() -> Non
             else:
                 assert abs(len(new) - len(old)) <= 1 and new != old
                 assert (new[0], new[-1]) == (old[0], old[-1])
+
+
+def test_a_wrong_key_is_one_beside_the_right_one_and_of_its_case() -> None:
+    rows = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+    seen = 0
+    for seed in range(200):
+        for old in ("wonderful", "COMMITTEE"):
+            new = typos(old, share=1.0, seed=seed)
+            wrong = [i for i in range(len(old)) if len(new) == len(old) and new[i] != old[i]]
+            if len(wrong) == 1:
+                a, b = old[wrong[0]], new[wrong[0]]
+                seen += 1
+                assert a.isupper() == b.isupper()
+                assert any(abs(r.find(a.lower()) - r.find(b.lower())) == 1 for r in rows if a.lower() in r)
+    assert seen > 50
 
 
 def test_short_words_digits_and_other_scripts_do_not_break() -> None:
@@ -70,3 +88,25 @@ def test_labels_stay_and_every_column_changes(name: str) -> None:
     assert (found.labels == rows.labels).all() and len(found) == 40
     for old, new in zip(rows.texts, found.texts, strict=True):
         assert (old != new) == (name != "lower case")
+
+
+def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows evenly spread, each with its own logits and label; models are asked of changed texts alone."""
+    monkeypatch.setattr(robustness, "ROWS", 5)
+    task = make_task()
+    rows = make_rows(task, 41)
+    right = np.eye(2)[rows.labels]
+    wrong_but_for_the_chosen = 1 - right
+    wrong_but_for_the_chosen[::10] = right[::10]
+    asked: list[Rows] = []
+
+    def says(given: Rows) -> np.ndarray:
+        asked.append(given)
+        return 1 - np.eye(2)[given.labels]
+
+    found = measure(task, rows, {"a": wrong_but_for_the_chosen}, {"a": says})
+    assert (found["rows"], found["metric"]) == (5, task.metrics[0])
+    assert found["values"].pop("as given") == {"a": 1.0}
+    assert found["values"] == dict.fromkeys(PERTURBATIONS, {"a": 0.0})
+    for given, perturb in zip(asked, PERTURBATIONS.values(), strict=True):
+        assert given.texts[0] == [perturb(text) for text in rows.texts[0][::10]]

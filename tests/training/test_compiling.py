@@ -61,8 +61,11 @@ def test_evaluation_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     student = make_encoder().eval()
     batch = make_batch_of(make_rows(make_task(), 6), student)
     want = student(batch.student, Needs(logits=True)).logits
+    student.packed = True
     with compiled_blocks(student):
+        assert not student.packed
         assert torch.equal(student(batch.student, Needs(logits=True)).logits, want)
+    assert student.packed and not any("forward" in vars(block) for block in student.blocks()[1])
 
 
 def test_what_cannot_be_compiled_is_refused_with_the_reason(
@@ -77,3 +80,4 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(
     monkeypatch.setattr(compiling.shutil, "which", lambda _: None)
     with pytest.raises(WrongInput, match=r"needs a C\+\+ compiler, found none of c\+\+"):
         require_compilable(student, Needs(), CPU)
+    require_compilable(student, Needs(), torch.device("cuda"))

@@ -1,6 +1,7 @@
 """Dropout drops as torch's does, and attention with it attends as transformers' does."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ def test_values_are_dropped_with_chance_p_and_the_mean_stays(p: float, dtype: to
     assert torch.unique(made[kept]).tolist() == pytest.approx(
         [1 / (1 - p)], rel=1e-4 if dtype.itemsize == 4 else 4e-3
     )
+
+
+def test_the_least_chance_is_one_step_and_so_is_the_greatest() -> None:
+    """Off by one, twice as many or none would be dropped: 61 of 4 million draws, 4.5 deviations are 35."""
+    torch.manual_seed(0)
+    ones = torch.ones(4_000_000)
+    assert 26 < (drop(ones, 2**-16) == 0).sum() < 96
+    assert 26 < (drop(ones, 1 - 2**-16) != 0).sum() < 96
 
 
 def test_draws_are_independent_of_each_other() -> None:
@@ -60,15 +69,16 @@ def test_a_seed_gives_the_same_numbers_again() -> None:
     assert not torch.equal(first, drop(torch.ones(1001), 0.5))
 
 
-def _naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factors: Tensor) -> Tensor:
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
+def _naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factors: Tensor, scaling: float) -> Tensor:
+    scores = q @ k.mT * scaling
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1) * factors
     return (weights @ v).transpose(1, 2)
 
 
 @pytest.mark.parametrize("kind", ["bool", "added", "none"])
+@pytest.mark.parametrize("scaling", [None, 0.8])
 def test_attention_is_that_of_the_equation_and_so_are_its_gradients(
-    monkeypatch: pytest.MonkeyPatch, kind: str
+    monkeypatch: pytest.MonkeyPatch, kind: str, scaling: float | None
 ) -> None:
     torch.manual_seed(0)
     B, H, S, D = 3, 2, 5, 4
@@ -80,13 +90,33 @@ def test_attention_is_that_of_the_equation_and_so_are_its_gradients(
     monkeypatch.setattr(dropout, "_kept", lambda *_: factors)
     least = torch.finfo(torch.float32).min
     given = {"bool": mask, "added": torch.where(mask, 0.0, least), "none": None}[kind]
-    found, _ = attention(nn.Module(), q, k, v, given, dropout=0.3, is_causal=False)
-    want = _naive(*(t.double() for t in (q, k, v)), mask, factors.double())
+    found, _ = attention(nn.Module(), q, k, v, given, dropout=0.3, scaling=scaling, is_causal=False)
+    want = _naive(*(t.double() for t in (q, k, v)), mask, factors.double(), scaling or 0.5)
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
     goal = torch.randn_like(found)
     ours = torch.autograd.grad((found * goal).sum(), (q, k, v))
     theirs = torch.autograd.grad((want * goal).sum(), (q, k, v))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", ["causal", "softcap", "position bias", "shared keys", "no dropout"])
+def test_what_is_not_plain_attention_is_left_to_transformers(
+    monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """Else a mask, a cap or a bias would be left out in training, in silence."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        dropout, "sdpa_attention_forward", lambda *_, **named: seen.append(named) or (q, None)
+    )
+    q = torch.randn(2, 4, 5, 3)
+    k = torch.randn(2, 2, 5, 3) if other == "shared keys" else q
+    named: dict[str, Any] = {
+        "causal": {"is_causal": True},
+        "softcap": {"softcap": 5.0},
+        "position bias": {"position_bias": torch.zeros(1)},
+    }.get(other, {})
+    attention(nn.Module(), q, k, k, None, dropout=0.0 if other == "no dropout" else 0.2, **named)
+    assert len(seen) == 1 and named.items() <= seen[0].items()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
