@@ -19,6 +19,7 @@ from stillroom import durable
 from stillroom.data import tokens as module
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows, cache_folder, fingerprint, tokenise
+from stillroom.errors import WrongInput
 from tiny import WORDS, make_rows, make_task, make_tokenizer
 
 QUIET = Console(quiet=True)
@@ -252,6 +253,15 @@ def test_an_entry_is_read_where_nothing_can_be_written(
     monkeypatch.setattr(durable, "locked", None)
     made(rows)
     assert calls == [20]
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_move_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(WrongInput, match=r"tokens cannot be written .*STILLROOM_CACHE names another place"):
+        made(rows_of("good film"))
 
 
 def test_a_write_that_fails_leaves_nothing_that_looks_whole(

@@ -139,6 +139,9 @@ def test_another_architecture_and_a_damaged_file_are_refused(tmp_path: Path) -> 
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(WrongInput, match="damaged"):
         generator.load(str(tmp_path / "generator"))
+    (tmp_path / "generator" / "config.json").write_text("[]")
+    with pytest.raises(WrongInput, match="cannot be loaded as a masked language model"):
+        generator.load(str(tmp_path / "generator"))
     with pytest.raises(WrongInput, match="found none"):
         generator.load(str(tmp_path / "nothing"))
 

@@ -18,6 +18,7 @@ from rich.progress import track
 
 from stillroom import durable
 from stillroom.data.tasks import Rows
+from stillroom.errors import WrongInput
 
 _CHUNK = 1000
 _FEATURES = Features(
@@ -126,7 +127,11 @@ def entry(kind: str, key: str, make: Callable[[Path], None], console: Console) -
     def say(text: str, style: str | None = None) -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    with durable.locked(folder.parent, wait=True, say=say):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(durable.locked(folder.parent, wait=True, say=say))
+        except WrongInput as error:
+            raise WrongInput(f"{error} $STILLROOM_CACHE names another place for the cache.") from error
         durable.remove_leftovers(folder.parent)
         wrong = durable.damage(folder)
         if wrong is not None:
