@@ -107,7 +107,7 @@ class TrainingSettings(Settings):
     packed: Literal["auto", "off"] = "auto"
     """`auto` leaves padding out where a GPU has the kernel and nothing reads it; `off` never does."""
     compile: bool = False
-    """Compile the student's blocks (`torch.compile`): slow to start, and slower on the CPU where it was timed."""
+    """Compile the student's blocks (`torch.compile`): slow to start; slower on the CPU that was timed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of row order, dropout and everything that starts at random."""
     evaluate_every: Annotated[float, Field(gt=0)] = 1.0
