@@ -125,7 +125,7 @@ def test_without_dropout_every_family_computes_the_same_bits(family: str) -> Non
     batch = make_batch_of(make_rows(make_task(), 6), student)
     needs = Needs(logits=True, hidden_states=frozenset({1}))
     before = student(batch.student, needs)
-    modules = list(student.modules())
+    modules, implementation = list(student.modules()), student.config._attn_implementation
     with quick_dropout(student):
         within = student(batch.student, needs)
         torch.manual_seed(0)
@@ -135,6 +135,7 @@ def test_without_dropout_every_family_computes_the_same_bits(family: str) -> Non
     # ModernBERT's configuration has no dropout.
     assert torch.equal(first, second) == (family == "modernbert")
     assert list(student.modules()) == modules and all(m.training for m in modules)
+    assert student.config._attn_implementation == implementation
 
 
 def test_the_mean_over_many_passes_is_that_of_torchs_dropout() -> None:

@@ -9,6 +9,7 @@ import functools
 import multiprocessing
 import os
 import platform
+import signal
 import threading
 import time
 import uuid
@@ -211,8 +212,9 @@ def in_processes(workers: int, work: Callable[..., None], *given: Any) -> None:
             context.Process(target=_worker_process, args=(work, *given), daemon=True)
             for _ in range(workers)
         ]
-        for process in made:
-            process.start()
+        with _deaf():
+            for process in made:
+                process.start()
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
@@ -220,6 +222,22 @@ def in_processes(workers: int, work: Callable[..., None], *given: Any) -> None:
             os.environ["OMP_NUM_THREADS"] = before
     for process in made:
         process.join()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignore Ctrl-C, and let processes that start meanwhile ignore it until they say otherwise.
+
+    They end with this one; one that was still loading would write a long traceback before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _worker_process(work: Callable[..., None], *given: Any) -> None:
@@ -236,6 +254,7 @@ def _worker_process(work: Callable[..., None], *given: Any) -> None:
     # Bars of several processes would overwrite each other.
     console = Console(stderr=True, force_terminal=False, soft_wrap=True)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         work(console, *given)
     except KeyboardInterrupt:
         os._exit(130)
