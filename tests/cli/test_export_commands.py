@@ -50,6 +50,9 @@ def test_wrong_input_ends_with_code_2(workspace: Workspace, tmp_path: Path) -> N
         "Did you mean openvino"
         in run("export", workspace.teacher, *out, "--format", "openvin", code=2).stderr
     )
+    assert (
+        "whole numbers" in run("export", workspace.teacher, *out, "--fixed-lengths", "8;16", code=2).stderr
+    )
     assert "no run folder" in run("export", workspace.teacher, code=2).stderr
     assert (
         "Only keys of dataset"

@@ -218,3 +218,51 @@ def test_embedding_tables_are_rounded_row_by_row(tmp_path: Path) -> None:
         step = np.abs(table).max(axis=1, keepdims=True) / 127
         assert (np.abs(found - table) <= step * 0.5001).all()
         assert np.array_equal(found, table) == exact
+
+
+@pytest.mark.parametrize("width", [64, 41])
+def test_word_embeddings_in_four_bits(tmp_path: Path, width: int) -> None:
+    """Blocks of 32 are rounded at least as well as by the scale that leaves no value out."""
+    chance = np.random.default_rng(0)
+    table = chance.standard_normal((300, width)).astype(np.float32)
+    table[3] *= 1e-3
+    table[4] *= 1e3
+    table[5] = 0
+    look_ups = [
+        helper.make_node("Gather", ["words", "input_ids"], ["word"], "words"),
+        helper.make_node("Gather", ["places", "place_ids"], ["place"], "places"),
+        helper.make_node("Concat", ["word", "place"], ["logits"], axis=1),
+    ]
+    graph = helper.make_graph(
+        look_ups,
+        "tiny",
+        [
+            helper.make_tensor_value_info(i, onnx.TensorProto.INT64, ["b"])
+            for i in ("input_ids", "place_ids")
+        ],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["b", 2 * width])],
+        [numpy_helper.from_array(table, name) for name in ("words", "places")],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "m.onnx")
+    int8 = OnnxInt8(tmp_path / "m.onnx", 4)
+    assert int8.parts == ["words", "places"]
+    int8((), tmp_path / "int8.onnx")
+    every = np.arange(300)
+    found = OnnxSession(tmp_path / "int8.onnx", 1)({"input_ids": every, "place_ids": every})
+    words, places = found[:, :width], found[:, width:]
+    # Other tables stay in 8 bits.
+    step = np.abs(table).max(axis=1, keepdims=True) / 127
+    assert (np.abs(places - table) <= step * 0.5001).all()
+    for start in range(0, width, 32):
+        block = table[:, start : start + 32].astype(np.float64)
+        scale = np.maximum(np.abs(block).max(axis=1, keepdims=True) / 7, 1e-30)
+        plain = ((np.rint(block / scale) * scale - block) ** 2).sum(axis=1)
+        ours = ((words[:, start : start + 32] - block) ** 2).sum(axis=1)
+        # Each within what float16 does to the scale, and together clearly better.
+        assert (ours <= plain * 1.01 + 1e-12).all() and ours[6:].sum() < 0.85 * plain[6:].sum()
+    assert not words[5].any() and not np.array_equal(words, table)
+    sizes = {
+        entry.name: len(entry.raw_data) for entry in onnx.load(tmp_path / "int8.onnx").graph.initializer
+    }
+    assert sizes["words_int4"] == 150 * width and sizes["words_scale"] == 300 * 2 * -(-width // 32)

@@ -53,9 +53,9 @@ def bench(
             )
         return bench(
             models,
-            threads=_numbers("--threads", threads),
-            batches=_numbers("--batch", batch),
-            lengths=_numbers("--length", length or "16,32,128"),
+            threads=frame.numbers("--threads", threads),
+            batches=frame.numbers("--batch", batch),
+            lengths=frame.numbers("--length", length or "16,32,128"),
             dataset=frame.dataset_settings(dataset, data_dir, given),
             console=console,
         )
@@ -63,13 +63,6 @@ def bench(
     found = frame.execute(work, as_json=as_json)
     if not as_json:
         _show(found)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise WrongInput(f"{option} {text}: expected whole numbers with commas, such as 1,2.") from None
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ EXAMPLES = frame.examples(
     "stillroom export runs/student",
     "stillroom export runs/student -o deploy --format onnx-int8 --vocabulary trim --max-drop 0.3",
     "stillroom export runs/student -o deploy --vocabulary trim --text reviews.txt --pieces 15000",
+    "stillroom export runs/student -o deploy --format onnx-int8 --embedding-bits 4",
+    "stillroom export runs/student -o deploy --format openvino-int8 --fixed-lengths 16,32,128",
     "stillroom export runs/teacher -o deploy --format openvino,openvino-int8 --dataset glue/sst2 --json",
 )
 
@@ -51,6 +53,16 @@ def export(
             "frequent first.",
         ),
     ] = None,
+    embedding_bits: Annotated[
+        int, typer.Option(metavar="8|4", help="Bits of a word embedding's values in onnx-int8.")
+    ] = 8,
+    fixed_lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N",
+            help="With OpenVINO: lengths for which a model of one text is prepared: faster, more memory.",
+        ),
+    ] = None,
     dataset: frame.OptionalDataset = None,
     data_dir: frame.DataDir = None,
     given: frame.DataOverrides = None,
@@ -74,6 +86,8 @@ def export(
             vocabulary=vocabulary,
             text=text or (),
             pieces=pieces,
+            embedding_bits=embedding_bits,
+            fixed_lengths=frame.numbers("--fixed-lengths", fixed_lengths) if fixed_lengths else (),
             console=console,
         )
 
@@ -108,9 +122,11 @@ def _show(found: dict[str, Any], folder: Path) -> None:
             f"Vocabulary: {trimmed['pieces']} of {trimmed['of']} pieces; covering {covered['tokens']:.2%} "
             f"of the validation tokens and leaving {covered['rows']:.1%} of its rows as they were."
         )
+    lengths = ", ".join(map(str, found["fixed_lengths"]))
     frame.show(
         table,
         *notes,
+        *([f"Fixed lengths, for single texts: {lengths}."] if lengths else []),
         f"Export: {folder} (fastest: {found['fastest']})",
         f"Numbers: {folder / 'manifest.json'}",
     )

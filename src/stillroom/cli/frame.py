@@ -126,6 +126,18 @@ def dataset_settings(name: str | None, data_dir: Path | None, given: Sequence[st
     return validate(DatasetSettings, own, section="dataset") if own else None
 
 
+def numbers(option: str, text: str) -> list[int]:
+    """Return the whole numbers that an option lists with commas.
+
+    Raises:
+        WrongInput: If that is not what it lists.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise WrongInput(f"{option} {text}: expected whole numbers with commas, such as 1,2.") from None
+
+
 def data_options(folder: Path) -> str:
     """Return the options that name the data of a finished run, for the command to try next."""
     from stillroom.recipe import DatasetSettings, read_yaml

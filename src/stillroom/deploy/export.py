@@ -57,6 +57,8 @@ def export(
     vocabulary: Literal["whole", "trim"] = "whole",
     text: Sequence[str | Path] = (),
     pieces: int | None = None,
+    embedding_bits: int = 8,
+    fixed_lengths: Sequence[int] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Write a model in other forms, with tokenizer, configuration and a manifest of what was measured.
@@ -78,6 +80,9 @@ def export(
         text: With `trim`: text files in UTF-8 whose pieces are kept as well.
         pieces: With `trim`: the most pieces to keep. Those of the training split come first, then those of
             `text`, of each the most frequent first.
+        embedding_bits: Bits of a word embedding's values in `onnx-int8`: 8, or 4 in blocks of 32.
+        fixed_lengths: With an OpenVINO form: lengths for which a model of one row is prepared when the
+            export is loaded. A single text is padded to the least of them that holds it.
         console: Where progress goes; standard error by default.
 
     Returns:
@@ -98,6 +103,12 @@ def export(
         raise WrongInput(f"Expected max_drop in points, 0 or more, found {max_drop}.")
     if (text or pieces is not None) and vocabulary != "trim":
         raise WrongInput("--text and --pieces say which pieces are kept: give them with --vocabulary trim.")
+    if embedding_bits not in (4, 8) or (embedding_bits == 4 and "onnx-int8" not in names):
+        raise WrongInput(
+            f"Expected embedding bits of 8, or of 4 with the format onnx-int8, found {embedding_bits}."
+        )
+    if fixed_lengths and not any(name.startswith("openvino") for name in names):
+        raise WrongInput("Fixed lengths are for OpenVINO forms: give --format openvino,openvino-int8.")
     folder = _folder(model, output)
     settings = _settings(model, dataset)
     if settings is None and (vocabulary == "trim" or any("int8" in name for name in names)):
@@ -106,7 +117,7 @@ def export(
             f"set, and found no recipe.yaml in {model} that names one. Give --dataset."
         )
     durable.require_empty(folder, "Give another folder with -o, or remove this one.")
-    work = _Work.load(str(model), settings, max_drop, console)
+    work = _Work.load(str(model), settings, max_drop, embedding_bits, fixed_lengths, console)
     if vocabulary == "trim":
         work = work.trimmed([Path(path) for path in text], pieces)
     with durable.new_folder(folder) as aside:
@@ -132,14 +143,25 @@ class _Work:
     """All that it scores."""
     max_drop: float
     trimmed_to: dict[str, Any] | None
+    embedding_bits: int
+    fixed_lengths: tuple[int, ...]
     console: Console
 
     @classmethod
     def load(
-        cls, name: str, settings: DatasetSettings | None, max_drop: float, console: Console
+        cls,
+        name: str,
+        settings: DatasetSettings | None,
+        max_drop: float,
+        embedding_bits: int,
+        fixed_lengths: Sequence[int],
+        console: Console,
     ) -> "_Work":
         model = encoder.load(name)
         most = min(settings.max_length if settings else 512, model.positions)
+        wrong = [length for length in fixed_lengths if not 1 < length <= most]
+        if wrong:
+            raise WrongInput(f"Expected fixed lengths from 2 to {most} tokens, found {wrong[0]}.")
         dataset = split = goal = None
         found: dict[str, float] = {}
         if settings is not None:
@@ -167,6 +189,8 @@ class _Work:
             found,
             max_drop,
             None,
+            embedding_bits,
+            tuple(sorted(set(fixed_lengths))),
             console,
         )
 
@@ -247,6 +271,7 @@ class _Work:
             "inputs": list(input_names(self.encoder.tokenizer)),
             "max_length": self.max_length,
             "pad_id": int(self.encoder.tokenizer.pad_token_id),
+            "fixed_lengths": list(self.fixed_lengths),
             "dataset": self._data(),
             "max_drop": self.max_drop,
             "source_metrics": self.source,
@@ -268,7 +293,14 @@ class _Work:
         self, name: str, aside: Path, made: dict[str, Any]
     ) -> tuple[dict[str, Any], str | None, Session]:
         """Return a form's manifest entry, why it is refused (or None), and its session."""
-        session = open_form(aside, name, torch.get_num_threads())
+        session = open_form(
+            aside,
+            name,
+            torch.get_num_threads(),
+            fixed_lengths=self.fixed_lengths,
+            pad_id=int(self.encoder.tokenizer.pad_token_id),
+            max_length=self.max_length,
+        )
         precision = "int8" if "int8" in name else session.precision
         found = gate.parity(session, self.encoder, max_length=self.max_length)
         entry: dict[str, Any] = {"precision": precision, **made, "parity": found}
@@ -352,8 +384,14 @@ def _onnx(work: _Work, aside: Path, scratch: Path) -> dict[str, Any]:
 def _onnx_int8(work: _Work, aside: Path, scratch: Path) -> dict[str, Any]:
     fused, counts = _fused(work, scratch)
     target = aside / forms.FILES["onnx-int8"][0]
-    found = work.quantised(quantise.OnnxInt8(fused), target, scratch, OnnxSession)
-    return {"opset": graph.OPSET, "fused": counts, **found}
+    int8 = quantise.OnnxInt8(fused, work.embedding_bits)
+    found = work.quantised(int8, target, scratch, OnnxSession)
+    return {
+        "opset": graph.OPSET,
+        "fused": counts,
+        "embedding_bits": work.embedding_bits,
+        **found,
+    }
 
 
 def _openvino(work: _Work, aside: Path, scratch: Path) -> dict[str, Any]:
@@ -362,11 +400,10 @@ def _openvino(work: _Work, aside: Path, scratch: Path) -> dict[str, Any]:
 
 
 def _openvino_int8(work: _Work, aside: Path, scratch: Path) -> dict[str, Any]:
-    source = scratch / "plain.xml"
-    quantise.write_openvino(_plain(work, scratch), source)
     rows = work.inputs(quantise.CALIBRATION_ROWS, "train")
+    int8 = quantise.OpenVinoInt8(_plain(work, scratch), rows)
     target = aside / forms.FILES["openvino-int8"][0]
-    found = work.quantised(quantise.OpenVinoInt8(source, rows), target, scratch, OpenVinoSession)
+    found = work.quantised(int8, target, scratch, OpenVinoSession)
     return {"opset": graph.OPSET, **found}
 
 

@@ -16,6 +16,9 @@ from stillroom.errors import WrongInput
 
 Texts = Sequence[str] | Sequence[tuple[str, str]]
 
+_STEP = 16
+"""Lengths are padded to a multiple of this where each shape has to be prepared."""
+
 _TORCH_LENGTH = 512
 """Tokens to which texts are cut where a model states no limit of its own."""
 
@@ -63,9 +66,30 @@ class OnnxSession:
 
 
 class OpenVinoSession:
-    """An OpenVINO model, on the CPU. `precision` is what OpenVINO chose for this processor."""
+    """An OpenVINO model, on the CPU. `precision` is what OpenVINO chose for this processor.
 
-    def __init__(self, path: Path, threads: int | None = None):
+    The model takes any batch and length, but OpenVINO prepares itself for each shape that it meets, which
+    takes several times as long as a run, and keeps what it prepared. So lengths are padded to a multiple of
+    16. A model of a fixed length is faster still, and is prepared when it is loaded.
+
+    Args:
+        path: The `.xml` file.
+        threads: How many it computes with. Default: OpenVINO's choice.
+        fixed_lengths: Lengths for which a model of one row is prepared beside the free one. A single row is
+            padded to the least of them that holds it, if any does.
+        pad_id: The token to pad with. It is masked.
+        max_length: The longest input that the model takes. Default: nothing is padded beyond its batch.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int | None = None,
+        *,
+        fixed_lengths: Sequence[int] = (),
+        pad_id: int = 0,
+        max_length: int = 0,
+    ):
         forms.require_openvino()
         import openvino
 
@@ -74,20 +98,37 @@ class OpenVinoSession:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             model = openvino.Core().read_model(path)
-            self._compiled = openvino.compile_model(model, "CPU", options)
+            self._names = [entry.get_any_name() for entry in model.inputs]
+            self._free = openvino.compile_model(model, "CPU", options)
+            self._fixed = {}
+            for length in fixed_lengths:
+                model.reshape({name: [1, length] for name in self._names})
+                self._fixed[length] = openvino.compile_model(model, "CPU", options)
         except RuntimeError as error:
             raise WrongInput(
                 f"{path} cannot be loaded by OpenVINO: {_first_line(error)} The file is damaged or cut "
                 "short, or is no OpenVINO model. Copy or export the model again."
             ) from None
-        self._names = [entry.get_any_name() for entry in self._compiled.inputs]
-        kind = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self._pad_id = pad_id
+        self._most = max_length
+        kind = self._free.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         self.precision = {"f32": "float32", "f16": "float16"}.get(kind, kind)
 
     def __call__(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the logits of a padded batch."""
-        found = self._compiled({name: inputs[name] for name in self._names})
-        return np.array(found[0], dtype=np.float32)
+        rows, length = inputs["input_ids"].shape
+        fitting = [fixed for fixed in self._fixed if fixed >= length] if rows == 1 else []
+        model = self._fixed[min(fitting)] if fitting else self._free
+        rounded = -(-length // _STEP) * _STEP
+        width = min(fitting) if fitting else max(length, min(rounded, self._most))
+        given = {name: inputs[name] for name in self._names}
+        if width > length:
+            wider = [(0, 0), (0, width - length)]
+            given = {
+                name: np.pad(values, wider, constant_values=self._pad_id if name == "input_ids" else 0)
+                for name, values in given.items()
+            }
+        return np.array(model(given)[0], dtype=np.float32)
 
 
 class TorchSession:
@@ -116,14 +157,24 @@ class TorchSession:
             return np.asarray(self._encoder(given, Needs(logits=True)).logits.float().numpy())
 
 
-def open_form(folder: Path, form: str, threads: int | None = None) -> Session:
-    """Return a session of one form in an export folder."""
+def open_form(
+    folder: Path,
+    form: str,
+    threads: int | None = None,
+    *,
+    fixed_lengths: Sequence[int] = (),
+    pad_id: int = 0,
+    max_length: int = 0,
+) -> Session:
+    """Return a session of one form in an export folder; the last three are for `OpenVinoSession`."""
     path = folder / forms.FILES[form][0]
     if form == "torch":
         from stillroom import encoder
 
         return TorchSession(encoder.load(str(folder)), threads)
-    return (OnnxSession if form.startswith("onnx") else OpenVinoSession)(path, threads)
+    if form.startswith("onnx"):
+        return OnnxSession(path, threads)
+    return OpenVinoSession(path, threads, fixed_lengths=fixed_lengths, pad_id=pad_id, max_length=max_length)
 
 
 class Predictor:
@@ -181,7 +232,15 @@ class Predictor:
         manifest = forms.read_manifest(folder)
         chosen = forms.choose(folder, manifest, form)
         return cls(
-            open_form(folder, chosen, threads),
+            open_form(
+                folder,
+                chosen,
+                threads,
+                # Exports of before there were any have none.
+                fixed_lengths=manifest.get("fixed_lengths", ()),
+                pad_id=manifest["pad_id"],
+                max_length=manifest["max_length"],
+            ),
             _read_tokenizer(folder / forms.TOKENIZER, manifest["max_length"]),
             form=chosen,
             inputs=manifest["inputs"],
