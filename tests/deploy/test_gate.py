@@ -222,7 +222,7 @@ def test_embedding_tables_are_rounded_row_by_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [64, 41])
 def test_word_embeddings_in_four_bits(tmp_path: Path, width: int) -> None:
-    """Blocks of 32 are rounded at least as well as by the scale that leaves no value out."""
+    """Blocks of 16 are rounded at least as well as by the scale that leaves no value out."""
     chance = np.random.default_rng(0)
     table = chance.standard_normal((300, width)).astype(np.float32)
     table[3] *= 1e-3
@@ -254,15 +254,19 @@ def test_word_embeddings_in_four_bits(tmp_path: Path, width: int) -> None:
     # Other tables stay in 8 bits.
     step = np.abs(table).max(axis=1, keepdims=True) / 127
     assert (np.abs(places - table) <= step * 0.5001).all()
-    for start in range(0, width, 32):
-        block = table[:, start : start + 32].astype(np.float64)
+    for start in range(0, width, 16):
+        block = table[:, start : start + 16].astype(np.float64)
         scale = np.maximum(np.abs(block).max(axis=1, keepdims=True) / 7, 1e-30)
         plain = ((np.rint(block / scale) * scale - block) ** 2).sum(axis=1)
-        ours = ((words[:, start : start + 32] - block) ** 2).sum(axis=1)
+        ours = ((words[:, start : start + 16] - block) ** 2).sum(axis=1)
         # Each within what float16 does to the scale, and together clearly better.
         assert (ours <= plain * 1.01 + 1e-12).all() and ours[6:].sum() < 0.85 * plain[6:].sum()
     assert not words[5].any() and not np.array_equal(words, table)
     sizes = {
         entry.name: len(entry.raw_data) for entry in onnx.load(tmp_path / "int8.onnx").graph.initializer
     }
-    assert sizes["words_int4"] == 150 * width and sizes["words_scale"] == 300 * 2 * -(-width // 32)
+    # Words that are left out have 8 bits, places none.
+    int8(["words", "places"], tmp_path / "int8.onnx")
+    finer = OnnxSession(tmp_path / "int8.onnx", 1)({"input_ids": every, "place_ids": every})
+    assert np.array_equal(finer[:, :width], places) and np.array_equal(finer[:, width:], table)
+    assert sizes["words_int4"] == 150 * width and sizes["words_scale"] == 300 * 2 * -(-width // 16)

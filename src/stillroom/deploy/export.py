@@ -80,7 +80,7 @@ def export(
         text: With `trim`: text files in UTF-8 whose pieces are kept as well.
         pieces: With `trim`: the most pieces to keep. Those of the training split come first, then those of
             `text`, of each the most frequent first.
-        embedding_bits: Bits of a word embedding's values in `onnx-int8`: 8, or 4 in blocks of 32.
+        embedding_bits: Bits of a word embedding's values in `onnx-int8`: 8, or 4 in blocks of 16.
         fixed_lengths: With an OpenVINO form: lengths for which a model of one row is prepared when the
             export is loaded. A single text is padded to the least of them that holds it.
         console: Where progress goes; standard error by default.

@@ -21,7 +21,7 @@ Quantise = Callable[[Collection[str], Path], None]
 _SMALL_TABLE = 16
 """Tables of fewer rows (token types) stay in float32: there is nothing to save."""
 
-_BLOCK = 32
+_BLOCK = 16
 """Values of a word's embedding that share a scale in 4 bits."""
 
 _CHUNK = 4096
@@ -38,7 +38,7 @@ class OnnxInt8:
 
     Args:
         source: The fused file, in float32.
-        embedding_bits: 8, or 4 for the word embeddings: see `_round_words`.
+        embedding_bits: 8, or 4 for the word embeddings (see `_round_blocks`); left out, they get 8.
     """
 
     def __init__(self, source: Path, embedding_bits: int = 8):
@@ -49,8 +49,13 @@ class OnnxInt8:
         # Before the parts are named, since that renames them.
         wrapped.replace_gemm_with_matmul()
         self._model = wrapped.model
-        self._bits = embedding_bits
         self._tables = _name_tables(self._model)
+        # Tables that are rounded to 4 bits.
+        self._words = [
+            node.name
+            for node in self._model.graph.node
+            if embedding_bits == 4 and node.name in self._tables and node.input[1] == "input_ids"
+        ]
         matrices = {entry.name for entry in self._model.graph.initializer if len(entry.dims) == 2}
         self._products = [
             node.name
@@ -69,7 +74,8 @@ class OnnxInt8:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         model = copy.deepcopy(self._model)
-        _round_tables(model, [name for name in self._tables if name not in left_out], self._bits)
+        rounded = [name for name in self._tables if name not in left_out or name in self._words]
+        _round_tables(model, rounded, [name for name in self._words if name not in left_out])
         chosen = [name for name in self._products if name not in left_out]
         if not chosen:
             onnx.save(model, target)
@@ -146,16 +152,14 @@ def _name_tables(model: Any) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type == "Gather" and node.input[0] in tables]
 
 
-def _round_tables(model: Any, names: Collection[str], bits: int = 8) -> None:
-    """Round the tables of an ONNX model that these operators read, word embeddings to `bits`."""
+def _round_tables(model: Any, names: Collection[str], rough: Collection[str] = ()) -> None:
+    """Round the tables that these operators of an ONNX model read: to 8 bits, the `rough` ones to 4."""
     for name in names:
         nodes = model.graph.node
         at = next(i for i, node in enumerate(nodes) if node.name == name)
         node = nodes[at]
         found = next(entry for entry in model.graph.initializer if entry.name == node.input[0])
-        made, tensors = (_round_words if bits == 4 and node.input[1] == "input_ids" else _round_rows)(
-            node, found
-        )
+        made, tensors = (_round_blocks if name in rough else _round_rows)(node, found)
         if not any(node.input[0] in other.input for other in nodes if other.name != name):
             model.graph.initializer.remove(found)
         model.graph.initializer.extend(tensors)
@@ -188,10 +192,10 @@ def _round_rows(node: Any, table: Any) -> tuple[list[Any], list[Any]]:
     ], tensors
 
 
-def _round_words(node: Any, table: Any) -> tuple[list[Any], list[Any]]:
+def _round_blocks(node: Any, table: Any) -> tuple[list[Any], list[Any]]:
     """Return operators and tensors that look up rows in 4 bits, by onnxruntime's GatherBlockQuantized.
 
-    `block = scale * int4`, with a float16 scale for 32 values: 4.5 bits for a value in all.
+    `block = scale * int4`, with a float16 scale for 16 values: 5 bits for a value in all.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -199,7 +203,7 @@ def _round_words(node: Any, table: Any) -> tuple[list[Any], list[Any]]:
     rows, width = values.shape
     blocks = np.zeros((rows, -(-width // _BLOCK), _BLOCK), np.float32)
     blocks.reshape(rows, -1)[:, :width] = values
-    found = [_round_blocks(blocks[start : start + _CHUNK]) for start in range(0, rows, _CHUNK)]
+    found = [_fit_blocks(blocks[start : start + _CHUNK]) for start in range(0, rows, _CHUNK)]
     scale, rounded = (np.concatenate(parts) for parts in zip(*found, strict=True))
     flat = rounded.reshape(rows, -1)[:, :width].reshape(-1)
     flat = np.append(flat, np.zeros(flat.size % 2, np.int8)).view(np.uint8) & 15
@@ -225,8 +229,8 @@ def _round_words(node: Any, table: Any) -> tuple[list[Any], list[Any]]:
     ], tensors
 
 
-def _round_blocks(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the float16 scale and the int4 values of blocks `(..., 32)` with the least squared error.
+def _fit_blocks(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the float16 scale and the int4 values of blocks `(..., 16)` with the least squared error.
 
     The scale that makes the largest value -8 leaves none out and has coarse steps; a smaller one cuts that
     value and rounds the others less. Ten are tried, the one that makes it 7 among them.
