@@ -93,6 +93,8 @@ def optimise(source: Path, target: Path, encoder: Encoder) -> dict[str, int]:
     options = FusionOptions("bert")
     # Embeddings stay gathers of tables, which int8 shrinks row by row.
     options.enable_embed_layer_norm = False
+    # A bias of its own joins the product before it in int8, and the gelu after it in float32, on loading.
+    options.enable_bias_gelu = options.enable_bias_skip_layer_norm = False
     with quiet():
         fused = optimizer.optimize_model(
             str(source),
@@ -109,7 +111,7 @@ def optimise(source: Path, target: Path, encoder: Encoder) -> dict[str, int]:
 
 
 def _split_skip_layer_norm(model: Any) -> None:
-    """Replace each SkipLayerNormalization by the Sum of its summands and a LayerNormalization.
+    """Replace each SkipLayerNormalization by a Sum and a LayerNormalization.
 
     Onnxruntime's kernel for CPUs adds up mean and square value by value, and takes several times as long as
     the two operators, whose kernels use vectors. A Sum, since onnxruntime would fuse an Add again.
@@ -121,14 +123,12 @@ def _split_skip_layer_norm(model: Any) -> None:
         if node.op_type != "SkipLayerNormalization":
             made.append(node)
             continue
-        values, skip, scale, *rest = node.input
-        shift, bias = (*rest, "", "")[:2]
+        values, skip, *weights = node.input
         # Its fourth output is the sum, where something else reads that too.
         total = node.output[3] if len(node.output) > 3 and node.output[3] else f"{node.output[0]}_sum"
         (epsilon,) = (entry.f for entry in node.attribute if entry.name == "epsilon")
-        summands, weights = [values, skip, *filter(None, [bias])], [scale, *filter(None, [shift])]
         made += [
-            helper.make_node("Sum", summands, [total], f"{node.name}_sum"),
+            helper.make_node("Sum", [values, skip], [total], f"{node.name}_sum"),
             helper.make_node(
                 "LayerNormalization",
                 [total, *weights],
