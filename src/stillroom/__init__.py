@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # Read by torch's CPU allocator at its first use: huge pages for large tensors. The gradient of a
 # word-embedding table is asked for anew in every step, and costs a page fault per 4 KiB without.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Read by oneDNN at its first product: how many products it keeps compiled. Each length of a batch takes
+# about 19, and its own number of 1,024 is less than what rows of up to 128 tokens need: then
+# each step would compile its products anew.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
 
 __all__ = [
     "Comparison",
