@@ -73,7 +73,8 @@ def markdown(found: dict[str, Any]) -> str:
         f"{machine['processor']}, {machine['machine']}, torch {machine['torch']}; "
         f"batch {rows[0]['batch']}, length {rows[0]['length']}, {rows[0]['threads']} threads.",
         "",
-        "| model | form | precision | median ms | p95 ms | rows/s | faster | MB on disk | peak MB in use |",
+        "| model | form | precision | median, ms | p95, ms | times faster | MB | times smaller "
+        "| peak memory, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for model, row in zip(found["models"], rows, strict=True):
@@ -86,9 +87,9 @@ def markdown(found: dict[str, Any]) -> str:
             model["precision"],
             f"{row['median_ms']:.2f}",
             f"{row['p95_ms']:.2f}",
-            f"{row['rows_per_second']:.0f}",
             f"{row['faster']:.1f}",
             f"{model['bytes'] / 1e6:.1f}",
+            f"{model['smaller']:.1f}",
             f"{peak / 1e6:.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
