@@ -204,6 +204,37 @@ def test_another_text_length_or_tokenizer_is_another_entry(tmp_path: Path) -> No
     assert len({*keys, pack(settings(path), TOKENIZER, QUIET).key}) == 5
 
 
+def test_another_column_or_format_of_the_same_bytes_is_another_entry(tmp_path: Path) -> None:
+    texts = list(zip(documents(60, 1), documents(60, 2), strict=True))
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"a": a, "b": b}) + "\n" for a, b in texts))
+    for number, column in enumerate(("a", "b")):
+        want = ids_of([pair[number] for pair in texts])
+        found = sequences(pack(settings(path, column=column), TOKENIZER, QUIET))
+        assert found[:, 1:-1].reshape(-1).tolist() == want[: len(want) // 8 * 8]
+    plain = tmp_path / "t.txt"
+    plain.write_bytes(path.read_bytes())
+    found, other = (pack(settings(p, column="a"), TOKENIZER, QUIET) for p in (path, plain))
+    assert found.tokens != other.tokens
+
+
+def test_so_much_text_is_enough_and_a_word_less_is_not(tmp_path: Path) -> None:
+    """Four sequences of eight words: 31 and a separator."""
+    words = ["film"] * 31
+    found = pack(settings(write(tmp_path, "txt", [" ".join(words)])), TOKENIZER, QUIET)
+    assert (len(found.train), len(found.held_out)) == (3, 1)
+    with pytest.raises(WrongInput, match="at least 4 sequences of 10 tokens, found 31 tokens"):
+        pack(settings(write(tmp_path, "txt", [" ".join(words[1:])])), TOKENIZER, QUIET)
+
+
+def test_at_most_a_tenth_is_held_out(tmp_path: Path) -> None:
+    path = write(tmp_path, "txt", documents(60))
+    few, many = (pack(settings(path, held_out=n), TOKENIZER, QUIET) for n in (2, 10_000))
+    rows = len(many.train) + len(many.held_out)
+    assert rows == len(few.train) + len(few.held_out) > 60
+    assert len(few.held_out) == 2 and rows / 10 - 1 < len(many.held_out) <= rows / 10 + 1
+
+
 # The order of sequences
 
 

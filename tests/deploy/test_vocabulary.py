@@ -17,7 +17,15 @@ from stillroom import RunFailed, WrongInput, encoder, export
 from stillroom.data.batching import pad
 from stillroom.data.tasks import Rows
 from stillroom.deploy.predictor import Predictor
-from stillroom.deploy.vocabulary import coverage, piece_counts, read_texts, trim, with_room
+from stillroom.deploy.vocabulary import (
+    _merges_of,
+    _unigram,
+    coverage,
+    piece_counts,
+    read_texts,
+    trim,
+    with_room,
+)
 from stillroom.encoder import Encoder, Needs, weights_hash
 from tiny import WORDS, make_encoder, make_rows, make_task, make_teacher, make_tokens
 
@@ -154,7 +162,8 @@ def test_texts_of_kept_pieces_have_the_same_tokens_and_logits(kind: str) -> None
         new = getattr(small.tokenizer, f"{name}_token_id")
         table, smaller = (e.model.get_input_embeddings().weight for e in (whole, small))  # type: ignore[operator]
         assert torch.equal(table[old], smaller[new]), name
-    assert small.config.pad_token_id == small.tokenizer.pad_token_id
+    for name in ("pad", "cls", "sep"):
+        assert getattr(small.config, f"{name}_token_id") == getattr(small.tokenizer, f"{name}_token_id")
     assert small.model.get_input_embeddings().padding_idx == small.tokenizer.pad_token_id  # type: ignore[operator]
 
 
@@ -223,9 +232,9 @@ def test_a_piece_whose_letter_has_no_piece_of_its_own_is_kept() -> None:
 def test_a_vocabulary_has_room_for_the_most_frequent_pieces_of_the_first_corpus_first() -> None:
     whole = encoder_with(word_piece(), "bert")
     vocab = whole.tokenizer.get_vocab()
-    first = piece_counts(whole.tokenizer, ["the film", "film"])
+    first = piece_counts(whole.tokenizer, ["the film film", "film"])
     second = piece_counts(whole.tokenizer, ["good the", "good", "dull"])
-    assert first[vocab["film"]] == 2 and first[vocab["[CLS]"]] == 2
+    assert first[vocab["film"]] == 3 and first[vocab["[CLS]"]] == 2
     # 27 letters with their continuations, five special tokens.
     least = 2 * 27 + 5
     expected = ["film", "the", "good", "dull"]
@@ -238,13 +247,25 @@ def test_a_vocabulary_has_room_for_the_most_frequent_pieces_of_the_first_corpus_
         with_room(whole, [first], 58)
 
 
-def test_more_text_adds_its_pieces_to_those_of_the_training_split(model: Path, tmp_path: Path) -> None:
+def test_more_text_adds_its_pieces_to_those_of_the_training_split(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where there is no room for all, those of the training split come first."""
     (tmp_path / "text.txt").write_text("goodness\n")
+    seen: list[Any] = []
+
+    def spy(model: Encoder, corpora: Any, pieces: int) -> set[int]:
+        seen.extend(corpora)
+        return with_room(model, corpora, pieces)
+
+    monkeypatch.setattr("stillroom.deploy.export.with_room", spy)
     options: dict[str, Any] = {"dataset": str(model / "data"), "console": QUIET, "formats": "torch"}
     found = [
-        export(model / "model", tmp_path / str(i), vocabulary="trim", text=text, **options)["vocabulary"]
-        for i, text in enumerate(([], [tmp_path / "text.txt"]))
+        export(model / "model", tmp_path / str(i), vocabulary="trim", text=text, pieces=most, **options)
+        for i, (text, most) in enumerate((([], None), ([tmp_path / "text.txt"], 10_000)))
     ]
+    found = [each["vocabulary"] for each in found]
+    assert sum(seen[0].values()) > sum(seen[1].values()) == len(seen[1]) > 0
     assert found[1]["pieces"] == found[0]["pieces"] + 1
     assert found[1]["corpus"] == ["training split", str(tmp_path / "text.txt")]
 
@@ -258,6 +279,36 @@ def test_coverage_counts_tokens_and_rows() -> None:
     found = coverage(make_tokens(rows, whole), make_tokens(rows, small), small, whole)
     assert found.tokens == pytest.approx(10 / 12)
     assert found.rows == pytest.approx(2 / 3)
+    # RoBERTa's first id stands in every row.
+    whole, small = trimmed("BPE")
+    rows = Rows("texts", (KEPT,), np.zeros(2, dtype=np.int64))
+    found = coverage(make_tokens(rows, whole), make_tokens(rows, small), small, whole)
+    assert (found.tokens, found.rows) == (1.0, 1.0)
+
+
+def test_padding_keeps_its_id_whatever_stands_before_it() -> None:
+    """RoBERTa counts positions from there."""
+    tokenizer = word_piece()
+    stated = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = stated["model"]["vocab"]
+    vocab["[PAD]"], vocab["[unused0]"] = vocab["[unused0]"], vocab["[PAD]"]
+    for token in stated["added_tokens"]:
+        token["id"] = vocab[token["content"]]
+    backend = Tokenizer.from_str(json.dumps(stated))
+    odd = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]", **BERT)
+    assert odd.pad_token_id == 1
+    whole = encoder_with(odd, "bert")
+    assert trim(whole, piece_counts(odd, KEPT)).tokenizer.pad_token_id == 1
+
+
+def test_merges_are_those_of_the_leftmost_pairs() -> None:
+    rank = {("a", "a"): 0, ("aa", "a"): 1, ("a", "aa"): 2}
+    assert _merges_of("aaa", rank) == {("a", "a"), ("aa", "a")}
+
+
+def test_the_least_likely_piece_stays_for_the_price_of_unknown_characters() -> None:
+    vocab = [["<unk>", 0.0], ["a", -1.0], ["ab", -9.0], ["b", -2.0], ["ba", -3.0]]
+    assert _unigram({"vocab": vocab, "unk_id": 0}, set())[0] == {0, 1, 2, 3}
 
 
 def test_vocabularies_that_cannot_be_cut_exactly_are_refused() -> None:

@@ -72,13 +72,13 @@ def test_swapped_words_are_the_same_words_one_place_away() -> None:
     assert (
         swapped_words("", share=1.0, seed=0) == "" and swapped_words(" one ", share=1.0, seed=0) == " one "
     )
-    before = [str(i) for i in range(5000)]
+    before = [str(i) for i in range(50_000)]
     after = swapped_words(" ".join(before), share=0.3, seed=1).split(" ")
     assert sorted(after) == sorted(before)
-    moved = [i for i in range(5000) if after[i] != before[i]]
+    moved = [i for i in range(50_000) if after[i] != before[i]]
     assert all(abs(int(after[i]) - i) == 1 for i in moved)
-    # A swap moves two: five standard deviations are about 2 * 5 * sqrt(750).
-    assert abs(len(moved) - 1500) < 274
+    # A swap moves two: five standard deviations are about 2 * 5 * sqrt(7500).
+    assert abs(len(moved) - 15_000) < 866
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)

@@ -57,7 +57,13 @@ def test_a_compiled_run_learns_what_a_plain_one_learns(
 
 
 def test_evaluation_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *_, **__: pytest.fail("compiled"))
+    asked: list[dict[str, Any]] = []
+
+    def compiled(*_: Any, **named: Any) -> Any:
+        asked.append(named)
+        return lambda *_, **__: pytest.fail("compiled")
+
+    monkeypatch.setattr(torch, "compile", compiled)
     student = make_encoder().eval()
     batch = make_batch_of(make_rows(make_task(), 6), student)
     want = student(batch.student, Needs(logits=True)).logits
@@ -65,6 +71,8 @@ def test_evaluation_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     with compiled_blocks(student):
         assert not student.packed
         assert torch.equal(student(batch.student, Needs(logits=True)).logits, want)
+    # Of sizes that are fixed each length of batch would be compiled anew.
+    assert [named["dynamic"] for named in asked] == [True] * student.depth
     assert student.packed and not any("forward" in vars(block) for block in student.blocks()[1])
 
 
