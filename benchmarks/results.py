@@ -1,25 +1,32 @@
 """Measure every method on GLUE: every figure of docs/results.md.
 
     python benchmarks/results.py --data-dir ../shared/data --work runs/results
+    python benchmarks/results.py --students "4x312@pca;4x312@RUN" --methods "none;kd" --work runs/results
+    python benchmarks/results.py --augmented --seeds 0 --work runs/results
     python benchmarks/results.py --work runs/results --json > benchmarks/results.json
     python benchmarks/results.py --markdown          the tables of docs/results.md, from that file
     python benchmarks/results.py --work runs/results --pictures docs     docs/flow-TASK.svg
 
-Teacher: minilm-l6 fine-tuned on each task. Student: its layers 2, 4, 6. Learning rates are tuned on a
-fold of SST-2's training rows, for each method (a variant has its method's); the validation split is used
-only to report. Nothing is selected on it: the student is that of the last step. All methods take equally
-many steps. What is done is skipped and a run that was killed goes on, so that a killed measurement
-continues; seed by seed, so that one that is cut short compares what it has. Several of these, each with
-other --tasks, can share a --work.
+Teacher: minilm-l6 fine-tuned on each task. Students: layers of it, and sizes from a start (`STUDENT@INIT`;
+RUN is a folder that `stillroom pretrain` made), on the training rows alone or with rows of replaced words
+beside them. Learning rates are tuned on a fold of SST-2's training rows, for each method and student (a
+variant has its method's); the validation split is used only to report. Nothing is selected on it: the
+student is that of the last step. All methods take equally many steps. What is done is skipped and a run
+that was killed goes on, so that a killed measurement continues; seed by seed, so that one that is cut
+short compares what it has. Several of these, each with other --tasks or --students, can share a --work;
+--json collects all that is there. `--tiny` is a trial of a minute.
 """
 
 import argparse
 import contextlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +36,13 @@ from rich.console import Console
 
 from stillroom import Comparison, FinetuneRecipe, compare, durable, finetune
 from stillroom.errors import RunFailed
+from stillroom.recipe import DatasetSettings
 from stillroom.report import flow
-from stillroom.run import generator
+from stillroom.run import generator, replace_words
 from stillroom.training import masked_lm
 
 SEEDS = (0, 1, 2)
-RATES = (5e-5, 1e-4, 3e-4)
+RATES = (1e-4, 3e-4, 6e-4)
 STUDENT = "layers:2,4,6"
 
 METHODS: dict[str, dict[str, object]] = {
@@ -44,7 +52,7 @@ METHODS: dict[str, dict[str, object]] = {
     "lrc-bert, tensor norm": {"name": "lrc-bert", "perturbation_norm": "tensor"},
     "codir": {"name": "codir"},
     "bert-emd": {"name": "bert-emd"},
-    "angular-emd": {"name": "angular-emd"},
+    "angular-emd, tensor norm": {"name": "angular-emd", "perturbation_norm": "tensor"},
     "cilda": {"name": "cilda", "generator": "GENERATOR"},
     "mate-kd": {"name": "mate-kd", "generator": "GENERATOR"},
     "pkd": {"name": "pkd"},
@@ -56,37 +64,91 @@ METHODS: dict[str, dict[str, object]] = {
 }
 """In the order of the tables; the first is the control. `GENERATOR` is made once, from SST-2's text."""
 
+TENSOR = {"name": "lrc-bert", "perturbation_norm": "tensor"}
 ABLATIONS: dict[str, dict[str, object]] = {
-    "without COS-NCE": {"name": "lrc-bert", "alpha": 0},
-    "without soft labels": {"name": "lrc-bert", "beta": 0},
-    "without hard labels": {"name": "lrc-bert", "gamma": 0},
-    "without perturbation": {"name": "lrc-bert", "perturbation": "off"},
-    "one stage": {"name": "lrc-bert", "switch": 0},
-    "perturbation in stage 2 only": {"name": "lrc-bert", "perturbation": "second"},
+    "without COS-NCE": {**TENSOR, "alpha": 0},
+    "without soft labels": {**TENSOR, "beta": 0},
+    "without hard labels": {**TENSOR, "gamma": 0},
+    "without perturbation": {**TENSOR, "perturbation": "off"},
+    "one stage": {**TENSOR, "switch": 0},
 }
+"""Of LRC-BERT with the norm of the whole tensor: with the token's, all stall alike."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of a task fits the time: epochs, and rows where a subset is used."""
+    """How much of a task fits the time: epochs of the teacher, steps of a student."""
 
     teacher_epochs: float
-    epochs: float
+    steps: int
     teacher_rate: float = 1e-4
     train_rows: int | None = None
     ablate: bool = False
+    out_of_domain: dict[str, dict[str, Any]] | None = None
+    """Sets of other sources: as a comparison has them, files below the data folder."""
 
 
 TASKS = {
-    "sst2": Plan(teacher_epochs=1, epochs=1, teacher_rate=5e-5, train_rows=10_000),
-    "qnli": Plan(teacher_epochs=3, epochs=1),
-    "cola": Plan(teacher_epochs=5, epochs=2, ablate=True),
-    "mrpc": Plan(teacher_epochs=5, epochs=4, ablate=True),
-    "stsb": Plan(teacher_epochs=5, epochs=3, ablate=True),
+    "sst2": Plan(
+        teacher_epochs=1,
+        steps=313,
+        teacher_rate=5e-5,
+        train_rows=10_000,
+        out_of_domain={
+            "imdb": {"dataset": "ood/imdb_subset.parquet", "labels": {"0": "negative", "1": "positive"}}
+        },
+    ),
+    "qnli": Plan(teacher_epochs=3, steps=369),
+    "cola": Plan(teacher_epochs=5, steps=535, ablate=True),
+    "mrpc": Plan(
+        teacher_epochs=5,
+        steps=460,
+        ablate=True,
+        out_of_domain={
+            "paws": {
+                "dataset": "ood/paws_wiki.parquet",
+                "labels": {"0": "not_equivalent", "1": "equivalent"},
+            },
+            "qqp": {
+                "dataset": "glue/qqp/validation.parquet",
+                "labels": {"0": "not_equivalent", "1": "equivalent"},
+            },
+        },
+    ),
+    "stsb": Plan(teacher_epochs=5, steps=540, ablate=True),
 }
 BATCH_SIZE = 32
+COPIES = 2
+OTHER_ROWS = 2_000
 GENERATOR_EPOCHS = 10
-FOLD = Plan(teacher_epochs=2, epochs=1)
+FOLD = Plan(teacher_epochs=2, steps=250)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A student, what it starts from, and whether it reads rows of replaced words as well."""
+
+    student: str
+    init: str
+    augmented: bool = False
+
+    @classmethod
+    def read(cls, text: str, *, augmented: bool = False) -> "Arm":
+        """Return the arm that `STUDENT@INIT` means; the start of RUN/student is named RUN."""
+        student, _, init = text.partition("@")
+        init = init or "auto"
+        return cls(student, str(Path(init).absolute()) if Path(init).is_dir() else init, augmented)
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        start = "" if self.init == "auto" else f" from {Path(self.init).name}"
+        return f"{self.student}{start}" + (", augmented" if self.augmented else "")
+
+    @property
+    def folder(self) -> str:
+        """Its folder below a task's."""
+        return self.name.replace(":", "-").replace(", ", "-").replace(",", "-").replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -97,42 +159,59 @@ class Measurement:
     data_dir: Path
     workers: int
     tasks: dict[str, Plan]
+    arms: Sequence[Arm]
     methods: Sequence[str]
     seeds: Sequence[int]
+    rates: Sequence[float]
+    model: str
     cache: str
 
     def prepare(self) -> None:
-        """Make what is missing of teachers and generator, and tune."""
+        """Make what is missing of teachers, generator and augmented rows, and tune."""
         for task, plan in self.tasks.items():
             self.teacher(task, self.data(task), plan)
-        place = self.work / "tuning" / "compare"
-        if (place / "compare.json").exists() and self.rates().keys() >= set(self.methods):
+        if any(arm.augmented for arm in self.arms):
+            for task in self.tasks:
+                self.augment(task)
+        if len(self.rates) > 1:
+            for arm in self.arms:
+                self.tune(replace(arm, augmented=False))
+
+    def tune(self, arm: Arm) -> None:
+        """Try each rate of each method on the fold."""
+        if self.chosen(arm).keys() >= set(self.methods):
             return
         fold = {"name": str(make_fold(self.work, self.data_dir))}
         self.teacher("tuning", fold, FOLD)
         variants = self.variants({name: METHODS[name] for name in self.methods})
-        tried = {f"{name} {rate:g}": (method, rate) for rate in RATES for name, method in variants.items()}
-        wanted = self.comparison("tuning", fold, tried, FOLD.epochs, [0])
-        compare(wanted, place, workers=self.workers)
+        tried = {
+            f"{name} {rate:g}": (method, rate) for rate in self.rates for name, method in variants.items()
+        }
+        wanted = self.comparison("tuning", arm, fold, tried, FOLD.steps, [0])
+        compare(wanted, self.folder("tuning", arm), workers=self.workers)
 
     def run(self) -> None:
-        """Do what is missing, each task seed by seed."""
-        for task in self.tasks:
-            started = time.perf_counter()
-            compare(self.wanted(task), self.folder(task), workers=self.workers)
-            print(task, f"{time.perf_counter() - started:.0f} s", flush=True)
+        """Do what is missing, each task and student seed by seed."""
+        for arm in self.arms:
+            for task in self.tasks:
+                started = time.perf_counter()
+                compare(self.wanted(task, arm), self.folder(task, arm), workers=self.workers)
+                print(task, arm.name, f"{time.perf_counter() - started:.0f} s", flush=True)
 
-    def wanted(self, task: str) -> Comparison:
-        """Return what is compared on a task: the methods, and where it is planned, the ablations."""
-        plan, rates = self.tasks[task], self.rates()
+    def wanted(self, task: str, arm: Arm) -> Comparison:
+        """Return what is compared: the methods, and where it is planned, the ablations."""
+        plan, rates = self.tasks[task], self.chosen(replace(arm, augmented=False))
         chosen = {name: METHODS[name] for name in self.methods}
-        if plan.ablate and "lrc-bert" in self.methods:
+        if plan.ablate and "lrc-bert, tensor norm" in self.methods and arm == Arm.read(STUDENT):
             chosen |= ABLATIONS
         rated = {
-            name: (method, rates[name if name in rates else "lrc-bert"])
+            name: (method, rates[name if name in rates else "lrc-bert, tensor norm"])
             for name, method in self.variants(chosen).items()
         }
-        return self.comparison(task, self.data(task), rated, plan.epochs, self.seeds)
+        data = self.data(task)
+        if arm.augmented:
+            data["augmented"] = str(self.work / task / "augmented.parquet")
+        return self.comparison(task, arm, data, rated, plan.steps, self.seeds, plan.out_of_domain)
 
     def data(self, task: str) -> dict[str, Any]:
         """Return the section `dataset` of a task."""
@@ -154,15 +233,14 @@ class Measurement:
                 "learning_rate": plan.teacher_rate,
                 "select": "last",
             }
-            recipe = FinetuneRecipe.load(model="minilm-l6", dataset=whole, training=training)
+            recipe = FinetuneRecipe.load(model=self.model, dataset=whole, training=training)
             found = finetune(recipe, folder)
             print("teacher", name, found["model"]["metrics"], flush=True)
 
-    def variants(self, chosen: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
-        """Return the methods' options, with the generator's folder for those that need one."""
-        if not any("generator" in options for options in chosen.values()):
-            return chosen
+    def generator(self) -> Path:
+        """Return the masked language model of SST-2's text, made unless that is done."""
         place = self.work / "generator"
+        make_fold(self.work, self.data_dir)
         with durable.locked(self.work / "tuning", wait=True):
             if not (place / "metrics.json").exists():
                 shutil.rmtree(place, ignore_errors=True)
@@ -170,65 +248,105 @@ class Measurement:
                 rows = pq.read_table(self.work / "tuning" / "fold" / "train.parquet")["sentence"]
                 text.write_text("\n".join(rows.to_pylist()), encoding="utf-8")
                 settings = masked_lm.Settings(epochs=GENERATOR_EPOCHS)
-                found = generator.make(
-                    "minilm-l6", generator.read_texts([text]), place, settings, Console(stderr=True)
-                )
+                texts = generator.read_texts([text])
+                found = generator.make(self.model, texts, place, settings, Console(stderr=True))
                 print("generator", found, flush=True)
+        return place
+
+    def augment(self, task: str) -> None:
+        """Write rows of a task with words replaced, unless that is done."""
+        how = replace_words.Replacement(generator=str(self.generator()), copies=COPIES)
+        output = self.work / task / "augmented.parquet"
+        with durable.locked(self.work / task, wait=True):
+            if not output.exists():
+                found = replace_words.write(DatasetSettings(**self.data(task)), how, output)
+                print("augmented", task, found["augmented"], flush=True)
+
+    def variants(self, chosen: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+        """Return the methods' options, with the generator's folder for those that need one."""
+        if not any("generator" in options for options in chosen.values()):
+            return chosen
+        place = str(self.generator())
         return {
-            name: {key: str(place) if key == "generator" else value for key, value in options.items()}
+            name: {key: place if key == "generator" else value for key, value in options.items()}
             for name, options in chosen.items()
         }
 
     def comparison(
         self,
         name: str,
+        arm: Arm,
         data: dict[str, Any],
         variants: dict[str, Any],
-        epochs: float,
+        steps: int,
         seeds: Sequence[int],
+        elsewhere: dict[str, dict[str, Any]] | None = None,
     ) -> Comparison:
         """Return the comparison of methods with options, each with a learning rate of its own."""
         training = {
-            "epochs": epochs,
+            # More than the steps take, so that with more rows there are as many steps.
+            "epochs": 1000,
+            "max_steps": steps,
             "batch_size": BATCH_SIZE,
             "select": "last",
-            "evaluate_every": epochs,
+            "evaluate_every_steps": steps,
         }
         return Comparison.load(
             teacher={"name": str(self.work / name / "teacher"), "cache": self.cache},
             dataset=data,
-            students=[STUDENT],
+            students=[arm.student],
+            init=arm.init,
             seeds=list(seeds),
             training=training,
             methods={
                 key: {"method": method, "training": {"learning_rate": rate}}
                 for key, (method, rate) in variants.items()
             },
+            out_of_domain=self.elsewhere(elsewhere or {}),
         )
 
-    def rates(self) -> dict[str, float]:
+    def elsewhere(self, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return sets of other sources as a comparison has them: of each the same 2,000 rows."""
+        found = {}
+        for name, one in given.items():
+            source, part = self.data_dir / one["dataset"], self.work / "out_of_domain" / f"{name}.parquet"
+            with durable.locked(part.parent, wait=True):
+                if source.exists() and not part.exists():
+                    rows = pq.read_table(source)
+                    drawn = np.random.default_rng(2).permutation(rows.num_rows)[:OTHER_ROWS]
+                    pq.write_table(rows.take(np.sort(drawn)), part)
+            if part.exists():
+                found[name] = {**one, "dataset": str(part)}
+        return found
+
+    def chosen(self, arm: Arm) -> dict[str, float]:
         """Return the best learning rate on the fold for each method that was tuned."""
-        scores = self.tuning()
+        if len(self.rates) == 1:
+            return dict.fromkeys(METHODS, self.rates[0])
+        scores = self.tuning(arm)
         return {
-            name: max(RATES, key=lambda rate: (scores[f"{name} {rate:g}"], rate))
+            name: max(self.rates, key=lambda rate: (scores[f"{name} {rate:g}"], rate))
             for name in METHODS
-            if all(f"{name} {rate:g}" in scores for rate in RATES)
+            if all(f"{name} {rate:g}" in scores for rate in self.rates)
         }
 
-    def tuning(self) -> dict[str, float]:
-        """Return accuracy on the fold by method and rate."""
-        entries = read(self.work / "tuning" / "compare")["students"][STUDENT]["methods"]
+    def tuning(self, arm: Arm) -> dict[str, float]:
+        """Return accuracy on the fold by method and rate; empty if that is not done."""
+        place = self.folder("tuning", arm)
+        if not (place / "compare.json").exists():
+            return {}
+        entries = read(place)["students"][arm.student]["methods"]
         return {name: one["mean"]["accuracy"] for name, one in entries.items()}
 
-    def folder(self, task: str) -> Path:
-        """Return where a task's comparison is kept."""
-        return self.work / task / f"compare-{self.tasks[task].epochs:g}-epochs"
+    def folder(self, task: str, arm: Arm) -> Path:
+        """Return where a comparison is kept."""
+        return self.work / task / arm.folder
 
     def draw_flows(self, folder: Path) -> list[Path]:
         """Draw which student layer learnt from which teacher layer of a task, as a mean over its seeds."""
         drawn = []
         for task in self.tasks:
-            logs = (self.folder(task) / "runs").glob("*/bert-emd/*/log.jsonl")
+            logs = (self.folder(task, self.arms[0]) / "runs").glob("*/bert-emd/*/log.jsonl")
             runs = [log.parent for log in logs if (log.parent / "metrics.json").exists()]
             if runs:
                 seeds = "one seed" if len(runs) == 1 else f"mean of {len(runs)} seeds"
@@ -236,43 +354,70 @@ class Measurement:
         return drawn
 
     def figures(self) -> dict[str, Any]:
-        """Return every figure of what is done."""
-        found: dict[str, Any] = {
+        """Return every figure of what is done of the tasks and students that are asked for."""
+        places = [(t, arm, self.folder(t, arm)) for t in self.tasks for arm in self.arms]
+        places = [(task, arm, place) for task, arm, place in places if (place / "compare.yaml").exists()]
+        folders = [place for *_, place in places]
+        if self.workers > 1:
+            # With one thread each; the bootstrap has no other way to use several cores.
+            with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
+                found = list(pool.map(collect, folders))
+        else:
+            found = list(map(collect, folders))
+        figures: dict[str, Any] = {
             "settings": {
-                "rates": self.rates(),
+                "rates": {arm.name: self.chosen(arm) for arm in self.arms if not arm.augmented},
                 "batch_size": BATCH_SIZE,
                 "tasks": {task: asdict(plan) for task, plan in self.tasks.items()},
+                "starts": {arm.name: start(arm.init) for arm in self.arms if not arm.augmented},
             },
-            "tuning": self.tuning(),
+            "tuning": {arm.name: self.tuning(arm) for arm in self.arms if not arm.augmented},
             "tasks": {},
         }
-        for task in self.tasks:
-            if not self.folder(task).exists():
+        for (task, arm, _), compared in zip(places, found, strict=True):
+            if compared is None:
                 continue
-            with contextlib.suppress(RunFailed):
-                compare(self.wanted(task), self.folder(task), workers=0)
-            compared = read(self.folder(task))
-            found["environment"] = compared["environment"]
-            made = compared["students"][STUDENT]
-            metric = compared["metric"]
-            found["tasks"][task] = {
-                "metric": metric,
-                "teacher": compared["teacher"],
-                "student": {key: value for key, value in made.items() if key not in ("methods", "control")},
-                "students": {
-                    name: {
-                        "seeds": one["seeds"],
-                        "mean": one["mean"][metric],
-                        "spread": (one["standard_deviation"] or {}).get(metric),
-                        "retained": one["retained"],
-                        "against_control": one.get("against_control", {}).get(metric),
-                        "seconds": one["seconds"],
-                        "steps": one["steps"],
-                    }
-                    for name, one in made["methods"].items()
-                },
+            metric, made = compared["metric"], compared["students"][arm.student]
+            figures["environment"] = compared["environment"]
+            entry = figures["tasks"].setdefault(
+                task, {"metric": metric, "teacher": compared["teacher"], "students": {}}
+            )
+            methods = made.pop("methods")
+            made.pop("control")
+            entry["students"][arm.name] = {
+                **made,
+                "methods": {name: figure(one, metric) for name, one in methods.items()},
             }
-        return found
+        return figures
+
+
+def figure(one: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Return what is kept of a method's figures."""
+    return {
+        "seeds": one["seeds"],
+        "mean": one["mean"][metric],
+        "spread": (one["standard_deviation"] or {}).get(metric),
+        "retained": one["retained"],
+        "against_control": one.get("against_control", {}).get(metric),
+        "out_of_domain": one["out_of_domain"],
+        "seconds": one["seconds"],
+        "steps": one["steps"],
+    }
+
+
+def collect(folder: Path) -> dict[str, Any] | None:
+    """Compare what is done in a folder; None where nothing is."""
+    with contextlib.suppress(RunFailed):
+        compare(Comparison.load(folder / "compare.yaml"), folder, workers=0, console=Console(quiet=True))
+    found = read(folder)
+    done = any(one["methods"] for one in found["students"].values())
+    return found if done else None
+
+
+def start(init: str) -> Any:
+    """Return what a start is: for a pre-trained one, its run's figures."""
+    place = Path(init) / "metrics.json"
+    return json.loads(place.read_text()) if place.exists() else init
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -285,45 +430,118 @@ def make_fold(work: Path, data_dir: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with durable.locked(work / "tuning", wait=True):
         table = pq.read_table(data_dir / "glue" / "sst2" / "train.parquet").select(["sentence", "label"])
-        drawn = np.random.default_rng(1).choice(table.num_rows, 10_000, replace=False)
-        tenths = np.arange(10_000) % 5
+        count = min(10_000, table.num_rows)
+        drawn = np.random.default_rng(1).choice(table.num_rows, count, replace=False)
+        tenths = np.arange(count) % 5
         for name, chosen in (("train", tenths != 0), ("validation", tenths == 0)):
             if not (folder / f"{name}.parquet").exists():
                 pq.write_table(table.take(drawn[chosen]), folder / f"{name}.parquet")
     return folder
 
 
-def names_in(found: dict) -> list[str]:
-    """Return the methods that have figures, in the order of the tables."""
-    return [name for name in METHODS if any(name in task["students"] for task in found["tasks"].values())]
-
-
 def markdown(found: dict) -> str:
     """Return the tables of docs/results.md."""
-    tasks, names = found["tasks"], names_in(found)
-    heads = [f"{task} ({entry['metric']})" for task, entry in tasks.items()]
-    rule = "|---|" + "---|" * len(tasks)
-    lines = ["| | " + " | ".join(heads) + " | kept |", rule + "---|"]
-    teacher = [f"{100 * entry['teacher']['metrics'][entry['metric']]:.1f}" for entry in tasks.values()]
-    lines.append("| teacher | " + " | ".join(teacher) + " | 100 % |")
+    tasks = found["tasks"]
+    names = list(dict.fromkeys(name for entry in tasks.values() for name in entry["students"]))
+    parts = []
     for name in names:
-        students = [entry["students"].get(name) for entry in tasks.values()]
-        kept = [student["retained"] for student in students if student is not None]
-        share = f"{100 * sum(kept) / len(kept):.1f} %" if len(kept) == len(tasks) else "-"
-        lines.append(f"| {name} | " + " | ".join(map(cell, students)) + f" | {share} |")
-    lines += ["", "| minus none | " + " | ".join(heads) + " |", rule]
-    for name in names[1:]:
-        cells = [difference(entry["students"].get(name)) for entry in tasks.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    ablated = set(ABLATIONS)
-    tasks = [task for task, entry in tasks.items() if ablated & entry["students"].keys()]
-    if not tasks:
-        return "\n".join(lines)
-    lines += ["", "| variant | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
-    for name in ["lrc-bert", *ABLATIONS, "lrc-bert, tensor norm", "kd", "none"]:
-        students = [found["tasks"][task]["students"].get(name) for task in tasks]
-        lines.append(f"| {name} | " + " | ".join(map(cell, students)) + " |")
-    return "\n".join(lines)
+        methods = {
+            task: entry["students"].get(name, {}).get("methods", {}) for task, entry in tasks.items()
+        }
+        parts += [f"**{name}**", "", *quality(tasks, methods), ""]
+        parts += [*differences(tasks, methods), ""]
+        parts += [*ablations(methods), ""]
+    parts += [*starts(tasks, names), "", *out_of_domain(tasks)]
+    return re.sub("\n{3,}", "\n\n", "\n".join(parts)).strip()
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table; nothing if it has no rows."""
+    if not rows:
+        return []
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def heads_of(tasks: dict) -> list[str]:
+    return [f"{task} ({entry['metric']})" for task, entry in tasks.items()]
+
+
+def row(name: str, students: Sequence[dict | None]) -> list[str]:
+    """Return the cells of a method: each task, and the mean share of the teacher kept."""
+    kept = [student["retained"] for student in students if student is not None]
+    share = f"{100 * sum(kept) / len(kept):.1f} %" if kept and len(kept) == len(students) else "-"
+    return [name, *map(cell, students), share]
+
+
+def quality(tasks: dict, methods: dict) -> list[str]:
+    """Return each method's mean and spread on each task, and the share of the teacher kept."""
+    teacher = [f"{100 * entry['teacher']['metrics'][entry['metric']]:.1f}" for entry in tasks.values()]
+    rows = [["teacher", *teacher, "100 %"]]
+    for name in METHODS:
+        students = [methods[task].get(name) for task in tasks]
+        if any(students):
+            rows.append(row(name, students))
+    return table(["", *heads_of(tasks), "kept"], rows)
+
+
+def differences(tasks: dict, methods: dict) -> list[str]:
+    """Return each method's difference to the control on each task."""
+    rows = []
+    for name in METHODS:
+        students = [methods[task].get(name) for task in tasks]
+        if any(student and student.get("against_control") for student in students):
+            rows.append([name, *map(difference, students)])
+    return table(["minus none", *heads_of(tasks)], rows)
+
+
+def ablations(methods: dict) -> list[str]:
+    """Return LRC-BERT without each of its parts."""
+    chosen = [task for task, one in methods.items() if one.keys() & ABLATIONS.keys()]
+    rows = [
+        [name, *(cell(methods[task].get(name)) for task in chosen)]
+        for name in ("lrc-bert, tensor norm", *ABLATIONS)
+    ]
+    return table(["variant", *chosen], rows) if chosen else []
+
+
+def starts(tasks: dict, names: Sequence[str]) -> list[str]:
+    """Return the methods that one student was trained by from several starts, side by side."""
+    rows = []
+    for student in dict.fromkeys(name.partition(" from ")[0] for name in names):
+        arms = [name for name in names if name.startswith(f"{student} from ") and "augmented" not in name]
+        found = {
+            arm: {task: entry["students"].get(arm, {}).get("methods", {}) for task, entry in tasks.items()}
+            for arm in arms
+        }
+        for method in METHODS if len(arms) > 1 else ():
+            if all(any(method in one for one in found[arm].values()) for arm in arms):
+                rows += [
+                    row(f"{method}, {arm}", [found[arm][task].get(method) for task in tasks])
+                    for arm in arms
+                ]
+    return table(["start", *heads_of(tasks), "kept"], rows)
+
+
+def out_of_domain(tasks: dict) -> list[str]:
+    """Return the scores on sets of other sources."""
+    heads, rows = ["out of domain"], {}
+    rows["teacher"] = []
+    for task, entry in tasks.items():
+        for other, metrics in entry["teacher"]["out_of_domain"].items():
+            metric = next(iter(metrics))
+            heads.append(f"{task} to {other} ({metric})")
+            rows["teacher"].append(f"{100 * metrics[metric]:.1f}")
+            for arm, student in entry["students"].items():
+                for method, one in student["methods"].items():
+                    if method in METHODS:
+                        found = one["out_of_domain"][other]
+                        values = {"mean": found["mean"][metric], "seeds": one["seeds"]}
+                        values["spread"] = (found["standard_deviation"] or {}).get(metric)
+                        cells = rows.setdefault(f"{arm}: {method}", [])
+                        cells += ["-"] * (len(heads) - 2 - len(cells)) + [cell(values)]
+    full = [[name, *cells, *["-"] * (len(heads) - 1 - len(cells))] for name, cells in rows.items()]
+    return table(heads, full) if len(heads) > 1 else []
 
 
 def cell(student: dict | None) -> str:
@@ -349,14 +567,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/results"))
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of these: %(default)s")
+    parser.add_argument(
+        "--students", default=STUDENT, metavar="STUDENT[@INIT]", help="separated by semicolons"
+    )
+    parser.add_argument("--augmented", action="store_true", help="train on rows of replaced words as well")
     parser.add_argument("--methods", help=f"of these: {'; '.join(METHODS)}; separated by semicolons")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="default: %(default)s")
-    parser.add_argument("--epochs", type=float, help="for all tasks; default: the script's, for each")
+    parser.add_argument(
+        "--rates",
+        default=",".join(f"{rate:g}" for rate in RATES),
+        help="one is not tuned; default: %(default)s",
+    )
+    parser.add_argument("--steps", type=int, help="for all tasks; default: the script's, for each")
     parser.add_argument("--teacher-epochs", type=float, help="likewise, of the teachers")
     parser.add_argument("--rows", type=int, help="likewise, of the students' training rows")
     parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--model", default="minilm-l6", help="what teachers are fine-tuned from")
     parser.add_argument("--cache", default="auto", help="`off` computes the teacher live: faster on a GPU")
-    parser.add_argument("--prepare", action="store_true", help="teachers and tuning only")
+    parser.add_argument("--prepare", action="store_true", help="teachers, augmented rows and tuning only")
+    parser.add_argument("--tiny", action="store_true", help="64 rows, two steps, one seed, one rate")
     parser.add_argument(
         "--pictures", type=Path, metavar="DIR", help="draw the layer flow of each task there"
     )
@@ -373,23 +602,27 @@ def main() -> None:
     if options.markdown:
         print(markdown(json.loads(options.markdown.read_text())))
         return
-    tasks = {name: TASKS[name] for name in options.tasks.split(",")}
-    given = {
-        "epochs": options.epochs,
-        "teacher_epochs": options.teacher_epochs,
-        "train_rows": options.rows,
-    }
+    given = {"steps": options.steps, "teacher_epochs": options.teacher_epochs, "train_rows": options.rows}
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    rates = [float(rate) for rate in options.rates.split(",")]
+    if options.tiny:
+        given = {"steps": 2, "teacher_epochs": 1.0, "train_rows": 64}
+        seeds, rates = seeds[:1], rates[:1]
     if options.no_ablations:
         given["ablate"] = False
     other = {key: value for key, value in given.items() if value is not None}
-    tasks = {name: replace(plan, **other) for name, plan in tasks.items()}
+    students = options.students.split(";")
+    wanted = (False, True) if options.json else (options.augmented,)
     measurement = Measurement(
         options.work.absolute(),
         options.data_dir.absolute(),
         options.workers,
-        tasks,
+        {name: replace(TASKS[name], **other) for name in options.tasks.split(",")},
+        [Arm.read(text, augmented=augmented) for augmented in wanted for text in students],
         options.methods.split(";") if options.methods else list(METHODS),
-        [int(seed) for seed in options.seeds.split(",")],
+        seeds,
+        rates,
+        options.model,
         options.cache,
     )
     if options.json:

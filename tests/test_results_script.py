@@ -1,0 +1,96 @@
+"""The script that measures every method: a tiny trial from end to end, and its tables."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tiny import make_rows, make_task, make_teacher, save_encoder
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
+    """Call the script, in this process, on toy rows that stand for SST-2, and return what it prints."""
+    data = tmp_path / "glue" / "sst2"
+    data.mkdir(parents=True)
+    for split, count, seed in (("train", 200, 0), ("validation", 40, 1)):
+        rows = make_rows(make_task(), count, seed=seed)
+        table = pa.table({"sentence": rows.texts[0], "label": rows.labels, "idx": np.arange(count)})
+        pq.write_table(table, data / f"{split}.parquet")
+    work = tmp_path / "work" / "sst2"
+    work.mkdir(parents=True)
+    make_teacher().save(work / "teacher")
+    (work / "teacher" / "metrics.json").write_text("{}")
+    save_encoder(tmp_path / "checkpoint", width=16, seed=5)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("results")
+    places = ["--work", str(work.parent), "--data-dir", str(tmp_path), "--tasks", "sst2", "--tiny"]
+    fixed = ["--workers", "1", "--model", str(save_encoder(tmp_path / "encoder", seed=6))]
+
+    def call(*more: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["results.py", *places, *fixed, *more])
+        script.main()
+        return str(capsys.readouterr().out)
+
+    return call
+
+
+def students(checkpoint: Path) -> list[str]:
+    """Return the option for a student from three starts."""
+    return ["--students", ";".join(f"2x16x2x32@{start}" for start in ("random", "pca", checkpoint))]
+
+
+def test_methods_are_measured_from_every_start(run: Callable[..., str], tmp_path: Path) -> None:
+    chosen = students(tmp_path / "checkpoint")
+    run(*chosen, "--methods", "none;kd")
+    run("--students", "2x16x2x32@pca", "--methods", "none", "--augmented")
+    printed = run(*chosen, "--json")
+    found = json.loads(printed)
+    made = found["tasks"]["sst2"]["students"]
+    names = [f"2x16x2x32 from {start}" for start in ("random", "pca", "checkpoint")]
+    assert list(made) == [*names, "2x16x2x32 from pca, augmented"]
+    assert {one["steps"] for student in made.values() for one in student["methods"].values()} == {2}
+    # A folded start keeps what the teacher knows of the task.
+    assert made[names[1]]["methods"]["kd"]["mean"] > made[names[0]]["methods"]["kd"]["mean"]
+    figures = tmp_path / "figures.json"
+    figures.write_text(printed, encoding="utf-8")
+    tables = run("--markdown", str(figures))
+    value = 100 * made[names[1]]["methods"]["kd"]["mean"]
+    assert f"| kd, {names[1]} | {value:.1f} (1) | " in tables
+    assert f"**{names[2]}**" in tables and "| minus none | sst2 (accuracy) |" in tables
+
+
+def test_out_of_domain_columns_line_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that lacks a task leaves a gap there and does not move the others' figures."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("results")
+
+    def entry(other: str, arms: dict[str, float]) -> dict[str, Any]:
+        def one(value: float) -> dict[str, Any]:
+            elsewhere = {other: {"mean": {"f1": value}, "standard_deviation": None}}
+            return {"seeds": {"0": {}}, "out_of_domain": elsewhere}
+
+        made = {arm: {"methods": {"kd": one(value)}} for arm, value in arms.items()}
+        return {"teacher": {"out_of_domain": {other: {"f1": 0.9}}}, "students": made}
+
+    tasks = {
+        "a": entry("x", {"s": 0.1, "t": 0.2}),
+        "b": entry("y", {"t": 0.3}),
+        "c": entry("z", {"s": 0.4}),
+    }
+    assert script.out_of_domain(tasks) == [
+        "| out of domain | a to x (f1) | b to y (f1) | c to z (f1) |",
+        "|---|---|---|---|",
+        "| teacher | 90.0 | 90.0 | 90.0 |",
+        "| s: kd | 10.0 (1) | - | 40.0 (1) |",
+        "| t: kd | 20.0 (1) | 30.0 (1) | - |",
+    ]
