@@ -64,9 +64,9 @@ def make_run(
     dataset = dataset or make_dataset(kind, pair=pair)
     teacher = teacher or make_teacher(dataset.task.kind, pair=pair)
     student = student or make_encoder(task=dataset.task)
-    plan = make_plan(
-        student, teacher, dataset.task, len(dataset.splits["train"]), method=method, **(options or {})
-    )
+    # As specified it would be warned of.
+    options = {**({"perturbation_norm": "tensor"} if method == "lrc-bert" else {}), **(options or {})}
+    plan = make_plan(student, teacher, dataset.task, len(dataset.splits["train"]), method=method, **options)
 
     def tokens_of(model: Encoder) -> dict[str, Any]:
         most = min(max_length, model.positions)
@@ -603,6 +603,22 @@ def test_embeddings_that_cannot_be_perturbed_are_refused(tmp_path: Path) -> None
     run = make_run(tmp_path, student=student, options={"perturbation": "off"})
     assert check(run)["warnings"] == []
     assert check(make_run(tmp_path, student=student, method="kd"))["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"perturbation_norm": "token"}, True),
+        ({"perturbation_norm": "token", "epsilon": 0.1}, False),
+        ({"perturbation_norm": "token", "perturbation": "off"}, False),
+        ({"perturbation_norm": "tensor"}, False),
+    ],
+)
+def test_a_perturbation_that_stalls_short_trainings_is_a_warning(
+    tmp_path: Path, options: dict[str, Any], warned: bool
+) -> None:
+    warnings = check(make_run(tmp_path, options=options))["warnings"]
+    assert [("perturbation_norm=tensor" in text) for text in warnings] == [True] * warned
 
 
 class Broken(Term):

@@ -215,13 +215,21 @@ def attention(run: Run, report: Report) -> None:
 
 
 def perturbation(run: Run, report: Report) -> None:
-    """The student's embeddings can be perturbed where the method does so."""
-    wanted = run.plan.perturbation is not None and any(stage.perturb for stage in run.plan.stages)
-    if wanted and run.student.embedding_dropout() is None:
+    """The student's embeddings can be perturbed where the method does so, and learn all the same."""
+    found = run.plan.perturbation
+    if found is None or not any(stage.perturb for stage in run.plan.stages):
+        return
+    if run.student.embedding_dropout() is None:
         report.error(
             f"The method perturbs the student's embeddings, and those of "
             f"{type(run.student.model).__name__} cannot be: expected one dropout at their end. Set "
             "method.perturbation=off, or use a student of another family."
+        )
+    elif found.norm == "token" and found.epsilon >= 1:
+        report.warn(
+            f"The embeddings of every token are perturbed by {found.epsilon:g}. In trainings of a few "
+            "epochs that kept students from learning (docs/results.md), and "
+            "method.perturbation_norm=tensor did not."
         )
 
 
