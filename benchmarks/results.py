@@ -64,6 +64,9 @@ METHODS: dict[str, dict[str, object]] = {
 }
 """In the order of the tables; the first is the control. `GENERATOR` is made once, from SST-2's text."""
 
+MAPPED = ("lrc-bert", "pkd", "tinybert")
+"""Their layer maps do not come out even from 4 layers to 6: these take the layers that `pca` folds."""
+
 TENSOR = {"name": "lrc-bert", "perturbation_norm": "tensor"}
 ABLATIONS: dict[str, dict[str, object]] = {
     "without COS-NCE": {**TENSOR, "alpha": 0},
@@ -183,7 +186,7 @@ class Measurement:
             return
         fold = {"name": str(make_fold(self.work, self.data_dir))}
         self.teacher("tuning", fold, FOLD)
-        variants = self.variants({name: METHODS[name] for name in self.methods})
+        variants = self.variants(arm, {name: METHODS[name] for name in self.methods})
         tried = {
             f"{name} {rate:g}": (method, rate) for rate in self.rates for name, method in variants.items()
         }
@@ -206,7 +209,7 @@ class Measurement:
             chosen |= ABLATIONS
         rated = {
             name: (method, rates[name if name in rates else "lrc-bert, tensor norm"])
-            for name, method in self.variants(chosen).items()
+            for name, method in self.variants(arm, chosen).items()
         }
         data = self.data(task)
         if arm.augmented:
@@ -262,15 +265,19 @@ class Measurement:
                 found = replace_words.write(DatasetSettings(**self.data(task)), how, output)
                 print("augmented", task, found["augmented"], flush=True)
 
-    def variants(self, chosen: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
-        """Return the methods' options, with the generator's folder for those that need one."""
-        if not any("generator" in options for options in chosen.values()):
-            return chosen
-        place = str(self.generator())
-        return {
-            name: {key: place if key == "generator" else value for key, value in options.items()}
-            for name, options in chosen.items()
-        }
+    def variants(self, arm: Arm, chosen: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+        """Return the methods' options, with the generator's folder and the layer map that some need."""
+        given: dict[str, dict[str, object]] = {}
+        for name, options in chosen.items():
+            more: dict[str, object] = {}
+            if "generator" in options:
+                more["generator"] = str(self.generator())
+            if options["name"] in MAPPED and arm.student.startswith("4x"):
+                more["layer_map"] = [2, 3, 5, 6]
+            if options["name"] == "minilmv2" and arm.student.endswith("x312"):
+                more["relation_heads"] = 24  # 48 divide 384 and not 312.
+            given[name] = {**options, **more}
+        return given
 
     def comparison(
         self,
