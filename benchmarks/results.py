@@ -374,6 +374,7 @@ class Measurement:
         figures: dict[str, Any] = {
             "settings": {
                 "rates": {arm.name: self.chosen(arm) for arm in self.arms if not arm.augmented},
+                "ablations": ["lrc-bert, tensor norm", *ABLATIONS],
                 "batch_size": BATCH_SIZE,
                 "tasks": {task: asdict(plan) for task, plan in self.tasks.items()},
                 "starts": {arm.name: start(arm.init) for arm in self.arms if not arm.augmented},
@@ -450,14 +451,16 @@ def markdown(found: dict) -> str:
     """Return the tables of docs/results.md."""
     tasks = found["tasks"]
     names = list(dict.fromkeys(name for entry in tasks.values() for name in entry["students"]))
-    parts = []
+    parts, parted = [], found["settings"]["ablations"]
     for name in names:
         methods = {
             task: entry["students"].get(name, {}).get("methods", {}) for task, entry in tasks.items()
         }
-        parts += [f"**{name}**", "", *quality(tasks, methods), ""]
-        parts += [*differences(tasks, methods), ""]
-        parts += [*ablations(methods), ""]
+        there = {method for one in methods.values() for method in one} - set(parted[1:])
+        shown = [*(method for method in METHODS if method in there), *sorted(there - METHODS.keys())]
+        parts += [f"**{name}**", "", *quality(tasks, methods, shown), ""]
+        parts += [*differences(tasks, methods, shown), ""]
+        parts += [*ablations(methods, parted), ""]
     parts += [*starts(tasks, names), "", *out_of_domain(tasks)]
     return re.sub("\n{3,}", "\n\n", "\n".join(parts)).strip()
 
@@ -481,34 +484,28 @@ def row(name: str, students: Sequence[dict | None]) -> list[str]:
     return [name, *map(cell, students), share]
 
 
-def quality(tasks: dict, methods: dict) -> list[str]:
+def quality(tasks: dict, methods: dict, names: Sequence[str]) -> list[str]:
     """Return each method's mean and spread on each task, and the share of the teacher kept."""
     teacher = [f"{100 * entry['teacher']['metrics'][entry['metric']]:.1f}" for entry in tasks.values()]
     rows = [["teacher", *teacher, "100 %"]]
-    for name in METHODS:
-        students = [methods[task].get(name) for task in tasks]
-        if any(students):
-            rows.append(row(name, students))
+    rows += [row(name, [methods[task].get(name) for task in tasks]) for name in names]
     return table(["", *heads_of(tasks), "kept"], rows)
 
 
-def differences(tasks: dict, methods: dict) -> list[str]:
+def differences(tasks: dict, methods: dict, names: Sequence[str]) -> list[str]:
     """Return each method's difference to the control on each task."""
     rows = []
-    for name in METHODS:
+    for name in names:
         students = [methods[task].get(name) for task in tasks]
         if any(student and student.get("against_control") for student in students):
             rows.append([name, *map(difference, students)])
     return table(["minus none", *heads_of(tasks)], rows)
 
 
-def ablations(methods: dict) -> list[str]:
-    """Return LRC-BERT without each of its parts."""
-    chosen = [task for task, one in methods.items() if one.keys() & ABLATIONS.keys()]
-    rows = [
-        [name, *(cell(methods[task].get(name)) for task in chosen)]
-        for name in ("lrc-bert, tensor norm", *ABLATIONS)
-    ]
+def ablations(methods: dict, names: Sequence[str]) -> list[str]:
+    """Return LRC-BERT without each of its parts; the first name is LRC-BERT itself."""
+    chosen = [task for task, one in methods.items() if one.keys() & set(names[1:])]
+    rows = [[name, *(cell(methods[task].get(name)) for task in chosen)] for name in names]
     return table(["variant", *chosen], rows) if chosen else []
 
 
@@ -541,7 +538,7 @@ def out_of_domain(tasks: dict) -> list[str]:
             rows["teacher"].append(f"{100 * metrics[metric]:.1f}")
             for arm, student in entry["students"].items():
                 for method, one in student["methods"].items():
-                    if method in METHODS:
+                    if method not in ABLATIONS:
                         found = one["out_of_domain"][other]
                         values = {"mean": found["mean"][metric], "seeds": one["seeds"]}
                         values["spread"] = (found["standard_deviation"] or {}).get(metric)
