@@ -300,6 +300,14 @@ def test_a_comparison_has_a_page(tmp_path: Path, whole: bool) -> None:
     assert sections(page) == ({"results", "training", "flow", "repeat"} if whole else {"results", "repeat"})
     assert ("stillroom compare" in page) == whole and "2 runs" not in page and "4 runs, 40 s" in page
     assert ("a machine &lt;i&gt;" in page) == whole
+    other = comparison.out_of_domain(read_comparison(folder).found)
+    assert (other is not None) == whole == ("sets of other sources" in page)
+    if other is not None:
+        assert [[cell.text for cell in row] for row in other.rows] == [
+            ["teacher", "", "70.0"],
+            [HOSTILE, "none", "55.0"],
+            [HOSTILE, "kd", "61.0"],
+        ]
     (folder / "compare.json").write_text("{}")
     with pytest.raises(WrongInput, match="stillroom compare"):
         write(folder)

@@ -51,12 +51,14 @@ def table(found: Mapping[str, Any]) -> Table:
 
 def out_of_domain(found: Mapping[str, Any]) -> Table | None:
     """Return the means on sets of other sources; None where there are none."""
-    heads = [(name, next(iter(metrics))) for name, metrics in found["teacher"]["out_of_domain"].items()]
+    # Comparisons of before there were any have no key for them.
+    others = found["teacher"].get("out_of_domain", {})
+    heads = [(name, next(iter(metrics))) for name, metrics in others.items()]
     if not heads:
         return None
     columns = [("student", False), ("method", False)]
     columns += [(f"{name}, {metric}{facts.unit(metric)}", True) for name, metric in heads]
-    entries = [("teacher", "", found["teacher"]["out_of_domain"])]
+    entries = [("teacher", "", others)]
     entries += [
         (student, method, {name: other["mean"] for name, other in result["out_of_domain"].items()})
         for student, costs in found["students"].items()
