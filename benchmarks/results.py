@@ -151,7 +151,7 @@ class Arm:
     @property
     def folder(self) -> str:
         """Its folder below a task's."""
-        return self.name.replace(":", "-").replace(", ", "-").replace(",", "-").replace(" ", "-")
+        return re.sub(r"[:, ]+", "-", self.name)
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,10 @@ def test_students_are_scored_out_of_domain(
         assert turned["mean"]["accuracy"] == pytest.approx(1 - one["mean"]["accuracy"])
     assert "sets of other sources" in (folder / "report.html").read_text()
     assert "out of domain" in run(*command(workspace, folder, *more)).stdout
+    moved = tmp_path / "moved.csv"
+    shutil.copy(other, moved)
+    elsewhere = [text.replace(str(other), str(moved)) for text in more]
+    assert "moved.csv" in run(*command(workspace, folder, *elsewhere), code=2).stderr
     refused = run(*command(workspace, folder), code=2)
     assert "out_of_domain.same" in refused.stderr
     wrong = run(*command(workspace, tmp_path / "b", "--set", f"out_of_domain.x={other}"), code=2)

@@ -324,9 +324,9 @@ def _changes(before: Comparison, now: Comparison) -> Iterator[str]:
                 "dataset": one.dataset.model_dump(mode="json", exclude=places),
                 "training": one.training.model_dump(mode="json"),
                 "init": one.init,
+                # Their rows have no fingerprint in the folder: another file would mix in unseen.
                 "out_of_domain": {
-                    name: other.model_dump(mode="json", exclude={"dataset": places})
-                    for name, other in one.out_of_domain.items()
+                    n: other.model_dump(mode="json") for n, other in one.out_of_domain.items()
                 },
                 "methods": {
                     name: variant.model_dump(mode="json")
@@ -440,7 +440,8 @@ def _summary(
     by_seed = {seed: run["student"]["metrics"] for seed, run in runs.items()}
     summary = _over_seeds(list(by_seed.values()))
     goal = teacher[names[0]]
-    elsewhere = [run["student"]["out_of_domain"] for run in runs.values()]
+    # Runs of before there were any have no key for them.
+    elsewhere = [run["student"].get("out_of_domain", {}) for run in runs.values()]
     return {
         "seeds": {str(seed): metrics for seed, metrics in by_seed.items()},
         **summary,
