@@ -64,9 +64,6 @@ METHODS: dict[str, dict[str, object]] = {
 }
 """In the order of the tables; the first is the control. `GENERATOR` is made once, from SST-2's text."""
 
-MAPPED = ("lrc-bert", "pkd", "tinybert")
-"""Their layer maps do not come out even from 4 layers to 6: these take the layers that `pca` folds."""
-
 TENSOR = {"name": "lrc-bert", "perturbation_norm": "tensor"}
 ABLATIONS: dict[str, dict[str, object]] = {
     "without COS-NCE": {**TENSOR, "alpha": 0},
@@ -186,7 +183,7 @@ class Measurement:
             return
         fold = {"name": str(make_fold(self.work, self.data_dir))}
         self.teacher("tuning", fold, FOLD)
-        variants = self.variants(arm, {name: METHODS[name] for name in self.methods})
+        variants = self.variants({name: METHODS[name] for name in self.methods})
         tried = {
             f"{name} {rate:g}": (method, rate) for rate in self.rates for name, method in variants.items()
         }
@@ -194,12 +191,22 @@ class Measurement:
         compare(wanted, self.folder("tuning", arm), workers=self.workers)
 
     def run(self) -> None:
-        """Do what is missing, each task and student seed by seed."""
+        """Do what is missing, each task and student seed by seed.
+
+        Raises:
+            SystemExit: After all of it, where runs failed, naming them.
+        """
+        failed = []
         for arm in self.arms:
             for task in self.tasks:
                 started = time.perf_counter()
-                compare(self.wanted(task, arm), self.folder(task, arm), workers=self.workers)
+                try:
+                    compare(self.wanted(task, arm), self.folder(task, arm), workers=self.workers)
+                except RunFailed as error:
+                    failed.append(f"{task} {arm.name}: {error}")
                 print(task, arm.name, f"{time.perf_counter() - started:.0f} s", flush=True)
+        if failed:
+            raise SystemExit("\n".join(failed))
 
     def wanted(self, task: str, arm: Arm) -> Comparison:
         """Return what is compared: the methods, and where it is planned, the ablations."""
@@ -209,7 +216,7 @@ class Measurement:
             chosen |= ABLATIONS
         rated = {
             name: (method, rates[name if name in rates else "lrc-bert, tensor norm"])
-            for name, method in self.variants(arm, chosen).items()
+            for name, method in self.variants(chosen).items()
         }
         data = self.data(task)
         if arm.augmented:
@@ -265,17 +272,13 @@ class Measurement:
                 found = replace_words.write(DatasetSettings(**self.data(task)), how, output)
                 print("augmented", task, found["augmented"], flush=True)
 
-    def variants(self, arm: Arm, chosen: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
-        """Return the methods' options, with the generator's folder and the layer map that some need."""
+    def variants(self, chosen: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+        """Return the methods' options, with the generator's folder."""
         given: dict[str, dict[str, object]] = {}
         for name, options in chosen.items():
             more: dict[str, object] = {}
             if "generator" in options:
                 more["generator"] = str(self.generator())
-            if options["name"] in MAPPED and arm.student.startswith("4x"):
-                more["layer_map"] = [2, 3, 5, 6]
-            if options["name"] == "minilmv2" and arm.student.endswith("x312"):
-                more["relation_heads"] = 24  # 48 divide 384 and not 312.
             given[name] = {**options, **more}
         return given
 

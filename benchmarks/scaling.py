@@ -56,6 +56,7 @@ def point(work: Path, rows: Path, layers: int) -> dict[str, float]:
             teacher__name=str(work / "teacher"),
             teacher__cache="off",
             student=f"{layers}x128",
+            init="random",
             training__epochs=1,
             training__batch_size=32,
             method__name="kd",

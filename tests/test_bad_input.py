@@ -112,9 +112,9 @@ def test_an_encoder_without_a_head(tmp_path: Path) -> None:
     assert "no trained classification head" in refuse(given, tmp_path / "run")
 
 
-def test_a_layer_map_that_does_not_come_out_even(tmp_path: Path) -> None:
-    text = refuse(recipe(tmp_path, student="3x16x2x32"), tmp_path / "run")
-    assert "from 3 student layers to 4 teacher layers does not come out even" in text
+def test_a_student_deeper_than_its_teacher(tmp_path: Path) -> None:
+    text = refuse(recipe(tmp_path, student="5x16x2x32"), tmp_path / "run")
+    assert "each of 5 student layers, the teacher has 4" in text
 
 
 def test_a_layer_that_the_teacher_lacks(tmp_path: Path) -> None:

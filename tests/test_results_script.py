@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stillroom.errors import RunFailed
 from tiny import make_rows, make_task, make_teacher, save_encoder
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -67,6 +68,24 @@ def test_methods_are_measured_from_every_start(run: Callable[..., str], tmp_path
     value = 100 * made[names[1]]["methods"]["kd"]["mean"]
     assert f"| kd, {names[1]} | {value:.1f} (1) | " in tables
     assert f"**{names[2]}**" in tables and "| minus none | sst2 (accuracy) |" in tables
+
+
+def test_a_failed_run_is_named_after_the_rest_is_done(
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = importlib.import_module("results")
+    real = script.compare
+
+    def failing(wanted: Any, folder: Path, **more: Any) -> Any:
+        if "random" in folder.name:
+            raise RunFailed("kd/0: loss = nan")
+        return real(wanted, folder, **more)
+
+    monkeypatch.setattr(script, "compare", failing)
+    with pytest.raises(SystemExit, match="sst2 2x16x2x32 from random: kd/0: loss = nan"):
+        run("--students", "2x16x2x32@random;2x16x2x32@pca", "--methods", "kd")
+    (done,) = json.loads(run("--students", "2x16x2x32@pca", "--json"))["tasks"]["sst2"]["students"]
+    assert done == "2x16x2x32 from pca"
 
 
 def test_out_of_domain_columns_line_up(monkeypatch: pytest.MonkeyPatch) -> None:

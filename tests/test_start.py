@@ -312,10 +312,40 @@ def test_seeds() -> None:
         for init in ("pca", "random", "auto")
     }
     assert len(set(hashes["pca"])) == 1
-    assert hashes["random"] == hashes["auto"]
+    assert hashes["pca"] == hashes["auto"]
     assert hashes["random"][0] == hashes["random"][1] != hashes["random"][2]
     assert weights_hash(teacher.model) == before and torch.equal(torch.get_rng_state(), state)
     assert made("2x16x2x32", teacher).words.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("2x16x2x32", "pca"),
+        ("4x24x2x48", "pca"),
+        ("layers:2,4", "teacher"),
+        ("5x16x2x32", "random"),
+        ("2x32x4x48", "random"),
+        ("2x24x4x48", "random"),
+        ("2x16x1x32", "random"),
+        ("2x16x2x64", "random"),
+        ("somewhere/else", "auto"),
+    ],
+)
+def test_auto_folds_what_can_be_folded(text: str, start: str) -> None:
+    teacher = make_encoder(layers=4, width=24)
+    assert student.resolve_start(text, teacher, "auto") == start
+    assert student.resolve_start(text, teacher, "random") == "random"
+    if start != "auto":
+        # What is chosen can be built, and is what stands there.
+        assert weights_hash(made(text, teacher, "auto").model) == weights_hash(
+            made(text, teacher, start).model
+        )
+
+
+@pytest.mark.parametrize("family", ["electra", "modernbert", "deberta-v2", "mpnet"])
+def test_auto_is_random_where_the_family_cannot_be_folded(family: str) -> None:
+    assert student.resolve_start("2x8x2x16", make_encoder(family, layers=4), "auto") == "random"
 
 
 def test_layers_can_start_at_random() -> None:
@@ -391,13 +421,12 @@ def test_a_resolved_recipe_gives_the_same_student_again_and_after_a_kill(tmp_pat
         teacher=str(tmp_path / "teacher"),
         dataset=str(write_data(tmp_path / "rows")),
         student="2x16x2x32",
-        init="pca",
         method="kd",
         overrides=[f"training.{text}" for text in settings],
     )
     distill(recipe, tmp_path / "a", console=QUIET)
     again = Recipe.load(tmp_path / "a" / RECIPE)
-    assert again.init == "pca"
+    assert (recipe.init, again.init) == ("auto", "pca")
     distill(again, tmp_path / "b", console=QUIET)
     student_file = "student/model.safetensors"
     want = (tmp_path / "a" / student_file).read_bytes()

@@ -214,7 +214,7 @@ class Recipe(_RecipeFile):
     """A size `LxH`, `layers:2,4,6` (copies those teacher layers), or a local or hub checkpoint."""
     init: Annotated[str, Field(min_length=1)] = "auto"
     """Its start: `random`, `teacher` (layers copied), `pca` (folded into fewer dimensions), a checkpoint.
-    `auto`: `random` for a size, `teacher` for layers."""
+    `auto`: `teacher` for layers, `pca` for a size that fits into the teacher, else `random`."""
     method: MethodSettings = MethodSettings()
     """The distillation method and its options."""
     control: bool = False

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stillroom.data.batching import Inputs, pad
 from stillroom.data.tokens import TokenisedRows
-from stillroom.encoder import Encoder, Needs
+from stillroom.encoder import Encoder, Needs, ffn_width
 from stillroom.errors import WrongInput
 
 TOKENS, NORM_TOKENS = 8_192, 4_096
@@ -98,6 +98,11 @@ def require_family(teacher: Encoder) -> None:
         )
 
 
+def can_fold(teacher: Encoder, *, width: int, heads: int, ffn: int) -> bool:
+    """Return whether a student of these widths can be folded from the teacher."""
+    return teacher.config.model_type in _FAMILIES and not _wider(teacher, width, heads, ffn)
+
+
 def sample(tokens: TokenisedRows, budget: int) -> list[Inputs]:
     """Return batches of about `budget` tokens, of rows spread evenly over the text."""
     rows = max(1, min(len(tokens), round(budget / float(tokens.lengths.mean()))))
@@ -171,25 +176,23 @@ def fold(teacher: Encoder, student: Encoder, layers: Sequence[int], tokens: Toke
 
 
 def _require_narrower(teacher: Encoder, student: Encoder) -> None:
-    def sizes(model: Encoder) -> dict[str, int]:
-        inner = _blocks(model)[0].get_submodule(_FAMILIES[teacher.config.model_type].ffn_in)
-        ffn: Any = inner
-        return {
-            "width": model.width,
-            "heads": model.heads,
-            "units in a head": model.width // model.heads,
-            "FFN units": int(ffn.out_features),
-        }
-
-    theirs = sizes(teacher)
-    wider = [
-        f"{n} {what} (the teacher {theirs[what]})" for what, n in sizes(student).items() if n > theirs[what]
-    ]
+    wider = _wider(teacher, student.width, student.heads, ffn_width(student.config))
     if wider:
         raise WrongInput(
             f"init=pca keeps a part of the teacher, so the student cannot have more: found "
             f"{', '.join(wider)}. Give a smaller size as LAYERSxWIDTHxHEADSxFFN, or init=random."
         )
+
+
+def _wider(teacher: Encoder, width: int, heads: int, ffn: int) -> list[str]:
+    """Return what a student of these widths has more of than the teacher, as an error names it."""
+    sizes = {
+        "width": (width, teacher.width),
+        "heads": (heads, teacher.heads),
+        "units in a head": (width // heads, teacher.width // teacher.heads),
+        "FFN units": (ffn, ffn_width(teacher.config)),
+    }
+    return [f"{n} {what} (the teacher {most})" for what, (n, most) in sizes.items() if n > most]
 
 
 class _Moments:

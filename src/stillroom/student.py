@@ -12,6 +12,7 @@ from stillroom.data.tasks import Task
 from stillroom.data.tokens import TokenisedRows, fingerprint
 from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
+from stillroom.ops.layer_map import resolve_layer_map
 
 _SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 _LAYERS = re.compile(r"layers:(\d+(?:,\d+)*)")
@@ -72,6 +73,23 @@ def require_checkpoint(text: str) -> None:
         )
 
 
+def resolve_start(text: str, teacher: Encoder, init: str) -> str:
+    """Return `init` with `auto` spelt out for the student that `text` describes.
+
+    Layers start as the `teacher`; a size by `pca` where the teacher's family can be folded and has no
+    less of anything, else at `random`. A checkpoint is its own start and stays `auto`.
+    """
+    if init != "auto":
+        return init
+    if parse_layers(text) is not None:
+        return "teacher"
+    size = parse_size(text)
+    if size is None:
+        return init
+    foldable = start.can_fold(teacher, width=size.width, heads=size.heads, ffn=size.ffn)
+    return "pca" if foldable and size.layers <= teacher.depth else "random"
+
+
 def build(
     text: str,
     teacher: Encoder,
@@ -89,16 +107,14 @@ def build(
         task: Gives a classification head its width and label names; None where the models have none.
         seed: Everything that starts at random starts from this.
         init: `random`; `teacher`: its layers, copied; `pca`: its layers, folded into fewer dimensions
-            (`start.fold`); or a checkpoint of the student's shape. `auto` is `random` for a size,
-            `teacher` for layers.
+            (`start.fold`); or a checkpoint of the student's shape; `auto` as `resolve_start` says.
         tokens: Training text as the teacher tokenises it, which `pca` looks at.
 
     Raises:
         WrongInput: If the text fits none of the three, the layers are not the teacher's, or the student
             cannot start so.
     """
-    layers = parse_layers(text)
-    size = parse_size(text)
+    layers, size, init = parse_layers(text), parse_size(text), resolve_start(text, teacher, init)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if layers is None and size is None:
@@ -121,9 +137,9 @@ def build(
                 f"({'x'.join(map(str, _widths(teacher)))}), found a student of {shape.width}x{shape.heads}"
                 f"x{shape.ffn}. Use init=pca for a narrower student, or layers:2,4,6."
             )
-        if same and (init in ("teacher", "pca") or (init == "auto" and layers is not None)):
+        if same and init in ("teacher", "pca"):
             return _copy_layers(kept, teacher, task)
-        if init not in ("auto", "random", "pca"):
+        if init not in ("random", "pca"):
             return _from_checkpoint(init, text, shape, teacher, task)
         made = _from_size(shape, teacher, task, kept)
         if init == "pca":
@@ -136,13 +152,13 @@ def build(
 
 
 def _spread(depth: int, teacher: Encoder) -> tuple[int, ...]:
-    """Return the teacher layers, from 1, that `depth` blocks start from: every (M / N)-th, rounded up."""
+    """Return the teacher layers, from 1, that `depth` blocks start from: those of a uniform layer map."""
     if depth > teacher.depth:
         raise WrongInput(
             f"The student has {depth} layers, more than the teacher's {teacher.depth}, so it cannot start "
             "from them: use init=random, or fewer layers."
         )
-    return tuple(-(-i * teacher.depth // depth) for i in range(1, depth + 1))
+    return resolve_layer_map("uniform", depth, teacher.depth)
 
 
 def _widths(model: Encoder) -> tuple[int, int, int]:

@@ -738,10 +738,17 @@ def test_layer_map() -> None:
     assert resolve_layer_map("uniform", 4, 12) == (3, 6, 9, 12)
     assert resolve_layer_map("uniform", 6, 6) == (1, 2, 3, 4, 5, 6)
     assert resolve_layer_map((1, 4), 2, 4) == (1, 4)
-    with pytest.raises(WrongInput, match="does not come out even.*1, 2, 3, 4, 6, 12 layers"):
-        resolve_layer_map("uniform", 5, 12)
-    with pytest.raises(WrongInput, match="does not come out even"):
+    assert resolve_layer_map("uniform", 4, 6) == (2, 3, 5, 6)  # 1.5, 3, 4.5, 6
+    assert resolve_layer_map("uniform", 5, 12) == (3, 5, 8, 10, 12)  # 2.4, 4.8, 7.2, 9.6, 12
+    with pytest.raises(WrongInput, match="each of 12 student layers, the teacher has 6.*at most 6 layers"):
         resolve_layer_map("uniform", 12, 6)
+
+
+@pytest.mark.parametrize("teacher", range(1, 25))
+def test_a_uniform_map_rises_to_the_last_layer(teacher: int) -> None:
+    for depth in range(1, teacher + 1):
+        found = resolve_layer_map("uniform", depth, teacher)
+        assert list(found) == sorted(set(found)) and found[-1] == teacher and len(found) == depth
 
 
 def test_needs_are_the_mapped_layers_and_nothing_else() -> None:

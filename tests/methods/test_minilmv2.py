@@ -11,7 +11,7 @@ from stillroom.data.batching import Batch, Inputs
 from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context
-from stillroom.methods.minilmv2 import MiniLMv2Settings, build
+from stillroom.methods.minilmv2 import MiniLMv2Settings, Relation, build
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
 CONTEXT = Context("classification", 2, 8, 2, 6, 4, 12)
@@ -95,10 +95,22 @@ def test_needs_and_stages() -> None:
 
 
 @pytest.mark.parametrize(
+    ("widths", "heads"),
+    [((768, 768), 48), ((384, 768), 48), ((312, 384), 24), ((312, 768), 24), ((6, 12), 6), ((7, 12), 1)],
+)
+def test_auto_cuts_into_the_most_heads_up_to_48(widths: tuple[int, int], heads: int) -> None:
+    student, teacher = widths
+    plan = build(MiniLMv2Settings(), Context("classification", 2, 8, 2, student, 4, teacher))
+    assert {term.heads for term in plan.terms.values() if isinstance(term, Relation)} == {heads}
+
+
+@pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "divide the student's width, 6, and the teacher's, 12, found 48: set it to one of 1, 2, 3, 6"),
-        ({"relation_heads": 4}, "found 4"),
+        (
+            {"relation_heads": 4},
+            "divide the student's width, 6, and the teacher's, 12, found 4: set it to one of 1, 2, 3, 6",
+        ),
         ({"relation_heads": 6, "teacher_layer": 5}, "from 1 to 4, found 5"),
     ],
 )

@@ -225,7 +225,7 @@ def test_weights_are_those_of_the_equation() -> None:
     [
         ({}, (1, 4), "all student layers but the last"),
         ({}, (4, 2), "the teacher 2"),
-        ({"layer_map": "uniform"}, (5, 12), "does not come out even"),
+        ({"layer_map": "uniform"}, (5, 4), "the teacher 4"),
         ({"form": "tkc002", "final": True}, (3, 6), "method.final=false"),
         ({"hard_weight": 0, "soft_weight": 0}, (3, 6), "never be trained"),
     ],

@@ -246,6 +246,6 @@ def test_regression_follows_what_is_set(target: Any, follows: str) -> None:
     )
 
 
-def test_a_depth_that_does_not_come_out_even_is_refused() -> None:
-    with pytest.raises(WrongInput, match="does not come out even"):
-        build(TinyBERTSettings(), Context("classification", 2, 8, 5, 4, 12, 4))
+def test_a_student_deeper_than_its_teacher_is_refused() -> None:
+    with pytest.raises(WrongInput, match="each of 5 student layers"):
+        build(TinyBERTSettings(), Context("classification", 2, 8, 5, 4, 4, 4))

@@ -54,7 +54,8 @@ def compare(
         typer.Option(
             metavar="HOW",
             help="How students start: random, teacher (its layers, copied), pca (its layers, folded into "
-            "fewer dimensions), or a checkpoint. Default: random for a size, teacher for layers.",
+            "fewer dimensions), or a checkpoint. Default: pca for a size that fits into the teacher, "
+            "teacher for layers.",
             rich_help_panel=WHAT,
         ),
     ] = None,

@@ -13,7 +13,7 @@ from stillroom.errors import WrongInput
 EXAMPLES = frame.examples(
     "stillroom distill --teacher runs/teacher --dataset builtin/verdicts --student layers:2,4,6 -o runs/a",
     "stillroom distill recipe.yaml -o runs/b --control --set training.epochs=3 --set method.temperature=2",
-    "stillroom distill --teacher runs/teacher --dataset glue/mrpc --student 4x312 --init pca -o runs/c",
+    "stillroom distill --teacher runs/teacher --dataset glue/mrpc --student 4x312 --init random -o runs/c",
     "stillroom distill recipe.yaml -o runs/b --dry-run",
     "stillroom distill recipe.yaml -o runs/c --augmented sst2.augmented.parquet",
     "stillroom distill --dataset rows.csv --set dataset.soft_labels=probability_ --student minilm-l6 "
@@ -45,7 +45,8 @@ def distill(
         typer.Option(
             metavar="HOW",
             help="How the student starts: random, teacher (its layers, copied), pca (its layers, folded "
-            "into fewer dimensions), or a checkpoint. Default: random for a size, teacher for layers.",
+            "into fewer dimensions), or a checkpoint. Default: pca for a size that fits into the teacher, "
+            "teacher for layers.",
             rich_help_panel=WHAT,
         ),
     ] = None,

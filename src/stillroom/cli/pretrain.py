@@ -13,7 +13,7 @@ from stillroom.cli.distill import show_checks
 from stillroom.errors import WrongInput
 
 EXAMPLES = frame.examples(
-    "stillroom pretrain --teacher minilm-l6 --text corpus --student 4x312 --init pca -o runs/pretrained",
+    "stillroom pretrain --teacher minilm-l6 --text corpus --student 4x312 -o runs/pretrained",
     "stillroom pretrain --teacher bert-base-uncased --text a.txt --text b.parquet --method distilbert "
     "--set training.max_steps=10000 -o runs/pretrained",
     "stillroom pretrain --resume runs/pretrained",
@@ -54,7 +54,8 @@ def pretrain(
         typer.Option(
             metavar="HOW",
             help="How the student starts: random, teacher (its layers, copied), pca (its layers, folded "
-            "into fewer dimensions), or a checkpoint. Default: random for a size, teacher for layers.",
+            "into fewer dimensions), or a checkpoint. Default: pca for a size that fits into the teacher, "
+            "teacher for layers.",
             rich_help_panel=WHAT,
         ),
     ] = None,

@@ -49,7 +49,7 @@ class LRCBertSettings(Settings):
     vector: Literal["token", "cls", "mean"] = "token"
     """What is compared: tokens at the same position (masked), the first token, or their mean."""
     layer_map: LayerMap = "uniform"
-    """Teacher layer of each student layer, or `uniform`: every (teacher / student)-th."""
+    """Teacher layer of each student layer, or `uniform`: every (teacher / student)-th, rounded up."""
     projection: Literal["per_layer", "shared"] = "per_layer"
     """One matrix from student to teacher width for each layer, or one for all."""
     negatives: Literal["in_batch", "bank"] = "in_batch"

@@ -25,8 +25,9 @@ _RELATIONS = {"query_relation": "queries", "key_relation": "keys", "value_relati
 class MiniLMv2Settings(Settings):
     """Options of `minilmv2`. The paper distils in pre-training: how the stages are split is ours."""
 
-    relation_heads: Annotated[int, Field(ge=1)] = 48
-    """Into how many heads queries, keys and values are cut: 48 for a base teacher, 64 for a large one."""
+    relation_heads: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Into how many heads queries, keys and values are cut: 48 for a base teacher, 64 for a large one.
+    `auto`: the most up to 48 that divide both widths."""
     teacher_layer: Literal["last"] | Annotated[int, Field(ge=1)] = "last"
     """The teacher layer that the student's last layer follows; upper-middle for a large teacher."""
     switch: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -71,9 +72,12 @@ def build(settings: MiniLMv2Settings, context: Context) -> Plan:
     Raises:
         WrongInput: If the widths cannot be cut into so many heads, or the teacher has no such layer.
     """
-    heads, widths = settings.relation_heads, (context.student_width, context.teacher_width)
-    if any(width % heads for width in widths):
-        fitting = [n for n in range(1, min(widths) + 1) if not any(width % n for width in widths)]
+    widths = (context.student_width, context.teacher_width)
+    fitting = [n for n in range(1, min(widths) + 1) if not any(width % n for width in widths)]
+    heads = settings.relation_heads
+    if heads == "auto":
+        heads = max(n for n in fitting if n <= 48)
+    if heads not in fitting:
         raise WrongInput(
             f"method.relation_heads should divide the student's width, {widths[0]}, and the teacher's, "
             f"{widths[1]}, found {heads}: set it to one of {', '.join(map(str, fitting))}."

@@ -33,7 +33,7 @@ class TinyBERTSettings(Settings):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """t of the soft labels; the loss is not multiplied by t squared."""
     layer_map: LayerMap = "uniform"
-    """Teacher layer of each student layer, or `uniform`: every (teacher / student)-th."""
+    """Teacher layer of each student layer, or `uniform`: every (teacher / student)-th, rounded up."""
     regression_target: Literal["label", "teacher"] = "label"
     """What the second stage follows where the task is a regression: labels, or the teacher's outputs."""
     padding: Literal["all", "masked"] = "all"

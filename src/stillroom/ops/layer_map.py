@@ -11,26 +11,26 @@ LayerMap = Literal["uniform"] | tuple[int, ...]
 def resolve_layer_map(layer_map: LayerMap, student_depth: int, teacher_depth: int) -> tuple[int, ...]:
     """Return the teacher layer, from 1, of each student layer.
 
-    Uniform is ``m(i) = i * teacher_depth / student_depth``.
+    Uniform is ``m(i) = i * teacher_depth / student_depth``, rounded up where that is no whole number.
 
     Raises:
-        WrongInput: If uniform does not come out even, or a given map has the wrong number of
-            layers or a layer that the teacher lacks.
+        WrongInput: If uniform is asked of a student deeper than its teacher, or a given map has the
+            wrong number of layers or a layer that the teacher lacks.
 
     Example:
         >>> resolve_layer_map("uniform", 4, 12)
         (3, 6, 9, 12)
+        >>> resolve_layer_map("uniform", 4, 6)
+        (2, 3, 5, 6)
     """
     if layer_map == "uniform":
-        if teacher_depth % student_depth:
-            even = [n for n in range(1, teacher_depth + 1) if teacher_depth % n == 0]
+        if student_depth > teacher_depth:
             raise WrongInput(
-                f"A uniform layer map from {student_depth} student layers to {teacher_depth} teacher "
-                f"layers does not come out even. Use a student of {', '.join(map(str, even))} layers, "
-                "or give method.layer_map as a list of teacher layers."
+                f"A uniform layer map has no teacher layer for each of {student_depth} student layers, "
+                f"the teacher has {teacher_depth}. Use a student of at most {teacher_depth} layers, or "
+                "give method.layer_map as a list of teacher layers."
             )
-        step = teacher_depth // student_depth
-        return tuple(range(step, teacher_depth + 1, step))
+        return tuple(-(-i * teacher_depth // student_depth) for i in range(1, student_depth + 1))
     if len(layer_map) != student_depth or not all(1 <= j <= teacher_depth for j in layer_map):
         raise WrongInput(
             f"method.layer_map should hold {student_depth} teacher layers from 1 to {teacher_depth}, "

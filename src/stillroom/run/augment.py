@@ -45,7 +45,7 @@ def recipe_of(
                 "`stillroom distill` wrote, or --teacher, --student, --generator and --dataset."
             )
         recipe = Recipe.load(folder / RECIPE, overrides)
-        recipe = recipe.model_copy(update={"student": str(folder)})
+        recipe = recipe.model_copy(update={"student": str(folder), "init": "auto"})
     else:
         method = {"name": "mate-kd", "generator": generator_name}
         recipe = Recipe.load(None, overrides, method=method, **given)

@@ -473,7 +473,7 @@ def _costs(folder: Path, comparison: Comparison, common: Common) -> dict[str, An
                 return kept
         quiet = Console(quiet=True)
         made = {
-            text: student.build(text, common.teacher, common.dataset.task, seed=0)
+            text: student.build(text, common.teacher, common.dataset.task, seed=0, init="random")
             for text in comparison.students
         }
         models = [(common.teacher, common.teacher_tokens["validation"])]

@@ -116,6 +116,8 @@ class Parts:
     plan: Plan
     tokens: Tokens
     bf16: bool
+    init: str
+    """How the student starts, spelt out."""
     generator: Generator | None = None
     teaches: bool = True
     """As of `Common`."""
@@ -124,12 +126,15 @@ class Parts:
     def of(cls, recipe: Recipe, common: Common, console: Console) -> Self:
         """Return a new student and the method's plan, beside what is shared."""
         dataset, teacher = common.dataset, common.teacher
+        recipe = recipe.model_copy(
+            update={"init": student.resolve_start(recipe.student, teacher, recipe.init)}
+        )
         made = _student(recipe, teacher, dataset, common.teacher_tokens["train"])
         torch.manual_seed(recipe.training.seed)
         plan = methods.build(recipe.method, context_of(dataset, made, teacher))
         tokens = common.tokens(made, console)
         writer = None if plan.augmentation is None else generator.load(plan.augmentation.generator)
-        return cls(dataset, teacher, made, plan, tokens, common.bf16, writer, common.teaches)
+        return cls(dataset, teacher, made, plan, tokens, common.bf16, recipe.init, writer, common.teaches)
 
     def labelled(self, recipe: Recipe, common: Common, console: Console) -> "Parts":
         """Return the run with the labels of augmented rows, made once the checks have passed."""
@@ -233,7 +238,8 @@ class Parts:
     def start(self, recipe: Recipe, folder: Path, console: Console, *, resume: bool) -> Recipe:
         """Return the recipe as `opening.begin` does."""
         # A folded start follows from teacher and rows, but its last bits from the machine as well.
-        made = None if recipe.init == "pca" else self.student
+        made = None if self.init == "pca" else self.student
+        recipe = recipe.model_copy(update={"init": self.init})
         teacher = self.teacher if self.teaches else None
         inputs = provenance.inputs_of(self.dataset, teacher, made, self.tokens, self.generator)
         return opening.begin(recipe, folder, inputs, console, bf16=self.bf16, resume=resume)

@@ -65,7 +65,7 @@ def pretrain(
         RunFailed: If training cannot go on.
 
     Example:
-        >>> recipe = PretrainRecipe.load(teacher="minilm-l6", text={"files": ["corpus"]}, init="pca")
+        >>> recipe = PretrainRecipe.load(teacher="minilm-l6", text={"files": ["corpus"]})
         >>> metrics = pretrain(recipe, "runs/pretrained")  # doctest: +SKIP
     """
     processes.start()
@@ -126,6 +126,8 @@ class _Parts:
     text: Packed
     hide: Hiding | None
     bf16: bool
+    init: str
+    """How the student starts, spelt out."""
 
     @classmethod
     def of(cls, recipe: PretrainRecipe, console: Console) -> Self:
@@ -146,14 +148,15 @@ class _Parts:
             ) from error
         _require_fit(recipe, teacher)
         text = packed.pack(recipe.text, teacher.tokenizer, console)
-        if recipe.init == "pca":
+        init = student.resolve_start(recipe.student, teacher, recipe.init)
+        if init == "pca":
             teacher.to(Accelerator().device)
         made = student.build(
             recipe.student,
             teacher,
             None,
             seed=recipe.training.seed,
-            init=recipe.init,
+            init=init,
             tokens=text.train,
         )
         if not recipe.dropout:
@@ -178,7 +181,7 @@ class _Parts:
         torch.manual_seed(recipe.training.seed)
         plan = methods.build_pretraining(recipe.method, context)
         hide = Hiding(teacher.tokenizer, seed=recipe.training.seed) if method.masked_lm else None
-        return cls(teacher, made, plan, text, hide, use_bf16(recipe.training.precision))
+        return cls(teacher, made, plan, text, hide, use_bf16(recipe.training.precision), init)
 
     def facts(self) -> dict[str, int]:
         """Return what the text came to."""
@@ -218,8 +221,9 @@ class _Parts:
     ) -> PretrainRecipe:
         """Write down what the run starts from, or with `resume` check that it still is that."""
         inputs = {"teacher": weights_hash(self.teacher.model), "text": self.text.key}
-        if recipe.init != "pca":
+        if self.init != "pca":
             inputs["student at the start"] = weights_hash(self.student.model)
+        recipe = recipe.model_copy(update={"init": self.init})
         return opening.begin(recipe, folder, inputs, console, bf16=self.bf16, resume=resume)
 
     def job(self, recipe: PretrainRecipe, folder: Path) -> Job:
