@@ -56,6 +56,19 @@ GENERATOR = {"generator": "tiny", "n_generator": 1, "n_student": 1, "generator_l
 FEW = {"bank_negatives": 3, "dimension": 8}
 """Tiny data sets leave few rows of another label."""
 LABELLED = ("multi-label",)
+MIXED = {
+    "stages": [
+        {"terms": {"lrc-bert:cos_nce": 1.0, "rail-kd:layers": 0.5}, "perturb": True},
+        {"start": 0.5, "terms": {"bert-emd:soft": 1.0, "kd:hard": 1.0, "distilbert:cosine": 1.0}},
+    ],
+    "options": {"lrc-bert": {"vector": "cls"}, "rail-kd": {"redraw": 1, "projection_size": 8}},
+    "input": "lrc-bert",
+}
+GENERATED = {
+    "stages": [{"terms": {"kd:hard": 1.0, "pkd:first_tokens": 1.0}, "augmented": {"cilda:soft": 1.0}}],
+    "options": {"cilda": GENERATOR},
+    "input": "cilda",
+}
 
 
 def emd(**options: Any) -> Row:
@@ -114,6 +127,8 @@ TABLE = [
     Row("tinybert", {"padding": "masked", "switch": 0.6}, attention=True),
     Row("minilm", {"switch": 0.6}, attention=True),
     Row("minilmv2", {"relation_heads": 8, "teacher_layer": 3, "soft_weight": 0.5}, attention=True),
+    Row("mixture", MIXED),
+    Row("mixture", GENERATED),
 ]
 FAMILY_ROWS = [
     Row("none"),
@@ -166,7 +181,7 @@ def test_every_method_has_a_row() -> None:
 @every_row
 def test_one_step_moves_the_student_and_not_the_teacher(tmp_path: Path, row: Row, family: str) -> None:
     # A generator step comes first, where there is a generator.
-    steps = 2 if "generator" in row.options else 1
+    steps = 2 if "generator" in str(row.options) else 1
     job = job_of(tmp_path, row, family, count=8, epochs=steps, evaluate_every=steps)
     teacher = job.teacher and weights_hash(job.teacher.module)
     before = {name: value.clone() for name, value in job.student.model.state_dict().items()}

@@ -105,6 +105,16 @@ CASES = [
     Case("tinybert", {"padding": "masked"}, LONELY),
     Case("minilm"),
     Case("minilmv2", {"relation_heads": 8}),
+    Case(
+        "mixture",
+        {
+            "stages": [
+                {"terms": {"lrc-bert:cos_nce": 1.0, "tinybert:hidden_states": 0.5}, "perturb": True},
+                {"start": 0.5, "terms": {"kd:soft": 1.0, "distilbert:cosine": 1.0}},
+            ],
+            "input": "lrc-bert",
+        },
+    ),
 ]
 RESUMED = [
     Case("cilda", GENERATOR, {"checkpoint_every": 1}),

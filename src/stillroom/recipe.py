@@ -578,7 +578,8 @@ def _explain(model: type[BaseModel], problem: Any, section: str) -> str:
     if problem["type"] == "extra_forbidden":
         inner: type[BaseModel] = model
         for part in path[:-1]:
-            inner = _section_model(inner, part)
+            # A place in a list is no section: its items' model is already found.
+            inner = inner if part.isdigit() else _section_model(inner, part)
         return f"Unknown key {where}.{nearest(path[-1], list(inner.model_fields))}"
     if problem["type"] == "missing":
         return f"Missing key {where}: set it in the recipe or on the command line."
@@ -589,5 +590,5 @@ def _explain(model: type[BaseModel], problem: Any, section: str) -> str:
 
 def _section_model(model: type[BaseModel], name: str) -> type[BaseModel]:
     annotation = model.model_fields[name].annotation
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType, tuple) else [annotation]
     return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

@@ -12,6 +12,7 @@ from stillroom.methods import (
     mate_kd,
     minilm,
     minilmv2,
+    mixture,
     none,
     pkd,
     rail_kd,
@@ -39,6 +40,7 @@ METHODS: dict[str, Method] = {
         minilmv2.METHOD,
     )
 }
+METHODS[mixture.NAME] = mixture.of(dict(METHODS))
 
 
 def find(name: str) -> Method:
