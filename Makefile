@@ -33,6 +33,7 @@ bench: install
 	mkdir -p runs/bench
 	$(BIN)/python benchmarks/padding.py --data-dir $(DATA) > runs/bench/padding.json
 	$(BIN)/python benchmarks/utilisation.py --data-dir $(DATA) --work runs/bench > runs/bench/utilisation.json
+	$(BIN)/python benchmarks/methods.py --data-dir $(DATA) --rounds 20 --json > runs/bench/methods.json
 	$(BIN)/python benchmarks/scaling.py --data-dir $(DATA) --work runs/bench/scaling > runs/bench/scaling.json
 	$(BIN)/python benchmarks/peers.py --data-dir $(DATA) --work runs/bench/peers --json > runs/bench/peers.json
 

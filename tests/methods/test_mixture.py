@@ -14,8 +14,10 @@ from stillroom.errors import WrongInput
 from stillroom.methods import METHODS, build
 from stillroom.methods.base import Context, Plan
 from stillroom.recipe import MethodSettings
+from stillroom.training.augmentation import Augmenter
+from stillroom.training.distiller import Distiller
 from stillroom.training.loop import train
-from tiny import make_job
+from tiny import make_batch_of, make_job
 
 QUIET = Console(quiet=True)
 CONTEXT = Context("classification", 2, 2_000, 2, 16, 4, 24, labels=np.arange(2_000) % 2)
@@ -111,6 +113,48 @@ def test_what_a_generator_raises_comes_along() -> None:
     assert plan.augmentation is not None
     assert plan.augmentation.weights == {"cilda:soft": 0.2, "cilda:contrast": 0.7}
     assert set(plan.terms) == {"kd:hard", "kd:soft", "cilda:soft", "cilda:contrast"}
+
+
+KEEPERS = {
+    "codir:contrast": {"codir": {"bank_negatives": 3, "dimension": 8}},
+    "lrc-bert:cos_nce": {"lrc-bert": {"vector": "cls", "negatives": "bank", "bank_negatives": 3}},
+    "rail-kd:layers": {"rail-kd": {"redraw": 1, "projection_size": 8}},
+}
+"""Terms that keep something of each row, or count rows, with few negatives."""
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+@pytest.mark.parametrize(
+    ("extra", "source"), [({"perturb": True}, "lrc-bert"), ({"augmented": True}, "mate-kd")]
+)
+def test_rows_that_come_again_changed_are_kept_once_as_they_are(
+    name: str, extra: dict[str, Any], source: str, tmp_path: Path
+) -> None:
+    def after_a_step(**more: Any) -> dict[str, Any]:
+        """Return what the term holds after one pass over all rows."""
+        torch.manual_seed(0)
+        stage = {"terms": {name: 1.0, "kd:hard": 1.0}, **more.pop("extra", {})}
+        options = {**KEEPERS[name], **more.pop("options", {})}
+        job = make_job(tmp_path, method="mixture", options={"stages": [stage], "options": options, **more})
+        distiller, batch = Distiller(job.student, job.plan, bf16=False), make_batch_of(job.rows, job.student)
+        stage_made, augmented = job.plan.stages[0], None
+        if job.generator is not None:
+            writer = Augmenter(job.plan, job.generator, job.live_teacher, distiller, seed=0, bf16=False)
+            augmented = writer.augment(batch, writer.draw(batch, 0), stage_made)
+            assert augmented is not None
+            assert not torch.equal(augmented.batch.student.input_ids, batch.student.input_ids)
+        assert job.teacher is not None
+        torch.manual_seed(1)
+        teacher = job.teacher(batch, job.plan.teacher_needs(stage_made))
+        distiller(batch, teacher, stage_made, augmented)
+        distiller.after_step(stage_made)
+        return job.plan.terms[name].state_dict()
+
+    changed = {"augmented": {name: 1.0}} if "augmented" in extra else extra
+    given = {"mate-kd": GENERATOR} if source == "mate-kd" else {}
+    want, found = after_a_step(), after_a_step(extra=changed, options=given, input=source)
+    assert want.keys() == found.keys()
+    assert all(torch.equal(value, found[key]) for key, value in want.items())
 
 
 SOFT = {"terms": {"kd:soft": 1.0}}

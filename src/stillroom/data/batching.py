@@ -112,6 +112,8 @@ class Batch:
     row_ids: Tensor
     share: Share = field(default_factory=Share)
     """Which part this is of a batch that several processes share."""
+    augmented: bool = False
+    """Whether words were replaced in the step: terms keep nothing of such rows."""
 
     @property
     def rows(self) -> int:
@@ -166,7 +168,7 @@ class Batch:
         teacher = student if self.teacher is self.student else self.teacher.to(device)
         labels = self.labels.to(device, non_blocking=True)
         row_ids = self.row_ids.to(device, non_blocking=True)
-        return Batch(student, teacher, labels, row_ids, self.share)
+        return replace(self, student=student, teacher=teacher, labels=labels, row_ids=row_ids)
 
 
 def epoch_batches(

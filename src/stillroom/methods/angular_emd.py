@@ -26,7 +26,7 @@ from stillroom.recipe import Settings
 
 
 class AngularEMDSettings(Settings):
-    """Options of `angular-emd`. Defaults are those of `lrc-bert` and `bert-emd`."""
+    """Options of `angular-emd`. Defaults are those of `lrc-bert` and `bert-emd`, but for the norm."""
 
     alpha: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the transport cost, in both stages."""
@@ -50,7 +50,7 @@ class AngularEMDSettings(Settings):
     """Stages in which the step is taken on perturbed embeddings."""
     epsilon: Annotated[float, Field(gt=0)] = 1.0
     """Length of the perturbation."""
-    perturbation_norm: Literal["token", "tensor"] = "token"
+    perturbation_norm: Literal["token", "tensor"] = "tensor"
     """Whether each token's gradient, or the whole tensor's, is scaled to epsilon."""
 
 

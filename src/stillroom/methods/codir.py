@@ -197,7 +197,7 @@ class PooledContrast(Term):
         # Every process draws for all rows, as one alone would, and takes its own.
         drawn = self.draw(batch.share.gather(batch.row_ids))
         negatives_BK = drawn.narrow(0, batch.share.start, len(batch.row_ids))
-        if self.training:
+        if self.training and not batch.augmented:
             if self._pending and self._pending[-1][0] is batch:
                 # The second pass of a perturbed step: one step moves a row once.
                 self._pending.pop()

@@ -143,6 +143,8 @@ class RandomLayers(Term):
         self._seed = int(torch.randint(2**31, ()))
         self._every = context.rows if settings.redraw == "epoch" else settings.redraw
         self._seen = 0
+        self._rows: Tensor | None = None
+        self._layers: tuple[int, ...] = ()
 
     def teacher_layers(self) -> tuple[int, ...]:
         """Return the teacher layers of now: sorted and different."""
@@ -153,14 +155,27 @@ class RandomLayers(Term):
         return (*self._before, *drawn, *self._after)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        """Return the loss; in training the batch counts towards the next draw."""
-        z_S = self.student_projection(self._joined(student, self.student_layers))
-        z_T = self.teacher_projection(self._joined(teacher, self.teacher_layers()))
-        if self.training:
+        """Return the loss; in training the batch counts towards the next draw.
+
+        Once: the same rows again in a step, perturbed or augmented, keep their layers.
+        """
+        if not self.training:
+            layers = self.teacher_layers()
+        elif batch.row_ids is self._rows:
+            layers = self._layers
+        else:
+            layers = self._layers = self.teacher_layers()
+            self._rows = batch.row_ids
             # Each row is seen once an epoch, so the rows seen tell the epoch.
             self._seen += batch.rows if self.settings.redraw == "epoch" else 1
+        z_S = self.student_projection(self._joined(student, self.student_layers))
+        z_T = self.teacher_projection(self._joined(teacher, layers))
         squared = self.settings.form == "glmkd"
         return rail_loss(z_S, z_T, squared=squared, reduction=self.settings.reduction)
+
+    def after_step(self) -> None:
+        """Forget which rows were counted."""
+        self._rows = None
 
     def get_extra_state(self) -> Tensor:
         """Return seed and count for the checkpoint: on the CPU, so that no step waits for a device."""

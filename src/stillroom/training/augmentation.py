@@ -190,7 +190,7 @@ class Augmenter:
         student = with_words(batch.student, positions, ids)
         alike = batch.teacher is batch.student
         teacher = student if alike else with_words(batch.teacher, positions, ids)
-        return replace(batch, student=student, teacher=teacher)
+        return replace(batch, student=student, teacher=teacher, augmented=True)
 
     def objective(self, batch: Batch, positions: Tensor) -> Loss:
         """Return what a generator step raises: weighted terms on the batch as it would be rewritten.
