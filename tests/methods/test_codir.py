@@ -157,6 +157,17 @@ def test_golden_official_nce(tau: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert agrees(term.normalisers, [expected["Z_S"], expected["Z_T"]])
 
 
+@pytest.mark.parametrize("tau", ["0.07", "0.5"])
+def test_golden_official_nce_of_each_direction(tau: str) -> None:
+    given, expected, parameters = golden(f"G3_nce_official_tau_{tau}")
+    index = given["index"].long()
+    for side, other in (("S", "T"), ("T", "S")):
+        cosines = torch.einsum("bd,bkd->bk", given[f"z_{side}"], given[f"bank_{other}"][index])
+        Z = torch.as_tensor(expected[f"Z_{side}"], dtype=torch.float64)
+        found = nce_official((cosines / parameters["tau"]).exp(), Z, 6).mean()
+        assert agrees(found, expected[f"loss_{side}"])
+
+
 def test_golden_total() -> None:
     given, expected, parameters = golden("G4_total")
     labels, T, beta = given["labels"].long(), parameters["temperature"], parameters["beta"]

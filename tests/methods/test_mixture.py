@@ -136,7 +136,10 @@ def test_rows_that_come_again_changed_are_kept_once_as_they_are(
         stage = {"terms": {name: 1.0, "kd:hard": 1.0}, **more.pop("extra", {})}
         options = {**KEEPERS[name], **more.pop("options", {})}
         job = make_job(tmp_path, method="mixture", options={"stages": [stage], "options": options, **more})
-        distiller, batch = Distiller(job.student, job.plan, bf16=False), make_batch_of(job.rows, job.student)
+        distiller, batch = (
+            Distiller(job.student, job.plan, bf16=False),
+            make_batch_of(job.rows, job.student),
+        )
         stage_made, augmented = job.plan.stages[0], None
         if job.generator is not None:
             writer = Augmenter(job.plan, job.generator, job.live_teacher, distiller, seed=0, bf16=False)

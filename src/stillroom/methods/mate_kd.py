@@ -33,5 +33,5 @@ METHOD = Method(
     status="as the official code, its cross-entropy replaced by KL",
     settings=MateKDSettings,
     build=build,
-    training={"epochs": 30, "learning_rate": 2e-5, "max_grad_norm": 5.0},
+    training={"epochs": 30, "learning_rate": 2e-5, "weight_decay": 0.0, "max_grad_norm": 5.0},
 )
