@@ -14,10 +14,11 @@ from typing import Any
 
 import optuna
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 from workspace import FAST, Workspace
 
-from stillroom import Comparison, WrongInput, compare
+from stillroom import Comparison, WrongInput, compare, start
 from stillroom.cli import app
 from stillroom.cli.compare import read
 from stillroom.evaluation import predictions
@@ -266,6 +267,44 @@ def test_a_folder_with_something_else_is_refused(workspace: Workspace, tmp_path:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").touch()
     assert "thesis.txt" in run(*command(workspace, tmp_path / "out"), code=2).stderr
+
+
+def test_what_cannot_be_trained_is_named_before_anything_is(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+
+    def with_methods(methods: str) -> list[str]:
+        arguments = command(workspace, folder, seeds=1)
+        arguments[arguments.index("--methods") + 1] = methods
+        return arguments
+
+    stderr = run(*with_methods("none,cilda,codir:bank_negatives=100000"), code=2).stderr
+    assert "layers:2,4, cilda: cilda needs a masked language model" in stderr
+    assert "layers:2,4, codir:bank_negatives=100000: method.bank_negatives draws 100000" in stderr
+    assert not list(folder.glob("runs/*/*/*/recipe.yaml")) and not (folder / "compare.yaml").exists()
+    # Nothing stands in the way of what can be.
+    run(*with_methods("none"))
+
+
+def test_a_folded_student_is_folded_once_for_all_runs(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folds, plain = [], start.fold
+    monkeypatch.setattr(start, "fold", lambda *given: folds.append(given) or plain(*given))
+    comparison = Comparison.load(
+        teacher=str(workspace.teacher),
+        dataset=str(workspace.data),
+        students=["2x16x2x32"],
+        methods=["none", "kd"],
+        seeds=2,
+        training={"epochs": 0.2, "precision": "float32"},
+    )
+    compare(comparison, tmp_path / "out", keep_students=True, console=Console(quiet=True))
+    assert len(folds) == 1
+    students = [
+        p.read_bytes() for p in sorted((tmp_path / "out").glob("runs/*/*/*/student/model.safetensors"))
+    ]
+    # Each trains a copy of its own.
+    assert len(set(students)) == 4
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(workspace: Workspace, tmp_path: Path) -> None:

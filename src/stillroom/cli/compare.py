@@ -15,6 +15,8 @@ EXAMPLES = frame.examples(
     "--students 4x312,layers:2,4,6 --seeds 3 -o runs/mrpc",
     "stillroom compare --teacher runs/teacher --dataset glue/mrpc --methods none,lrc-bert:perturbation=off "
     "--set-for none:training.learning_rate=3e-4 --workers 2 -o runs/mrpc",
+    "stillroom compare --teacher runs/teacher --dataset glue/mrpc --methods "
+    "none,mate-kd:generator=runs/g,cilda:generator=runs/g -o runs/mrpc",
     "stillroom compare COMPARE.yaml -o runs/mrpc",
 )
 WHAT = "What to compare"

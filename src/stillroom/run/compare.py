@@ -118,10 +118,13 @@ def compare(
         durable.remove_leftovers(folder)
         comparison = _same_precision(folder, comparison)
         common = Common.load(_any_recipe(comparison), console)
-        everything = _join(folder, comparison, common, console)
+        everything = _joined(folder, comparison, common, console)
         elsewhere = _out_of_domain(everything, common, console)
-        _score_teacher(folder, elsewhere, common, console)
         here = worker(comparison, common, _teacher_logits(folder, common), elsewhere)
+        if workers:
+            here.check(console)
+        _write(folder, everything, common, here.logits)
+        _score_teacher(folder, elsewhere, common, console)
         if workers:
             here.handout.enqueue()
     if here.handout.missing() and workers:
@@ -200,8 +203,7 @@ class _Worker:
             if (place / METRICS).exists():
                 return float(_read(place / METRICS)["student"]["metrics"][first])
             durable.remove_leftovers(place)
-            recipe = methods.resolve(self._comparison.recipe(run.student, run.variant, run.seed))
-            metrics = self._train(run, recipe, place, console)
+            metrics = self._train(run, self._recipe(run), place, console)
             durable.write_json(place / METRICS, metrics)
             for heavy in (CHECKPOINTS, *(() if self._keep else (STUDENT,))):
                 shutil.rmtree(place / heavy, ignore_errors=True)
@@ -212,22 +214,48 @@ class _Worker:
         console.print(text, markup=False, highlight=False)
         return value
 
-    def _train(self, run: Run, recipe: Recipe, place: Path, console: Console) -> dict[str, Any]:
-        parts = Parts.of(recipe, self._common, console)
-        # Runs without a teacher read nothing of it.
-        learning = [
-            r for r in self.runs.values() if self._comparison.methods[r.variant].method.name != "none"
-        ]
-        repeated = len(learning) > 1
-        checked = parts.to_check(recipe, place, repeated=repeated)
-        to_check = replace(checked, teacher_logits=self.logits)
+    def check(self, console: Console) -> None:
+        """Check one run of each student and method that is missing, before any is trained.
+
+        Raises:
+            WrongInput: With what is wrong of each.
+        """
+        wrong = []
+        for name in self.handout.missing():
+            run = self.runs[name]
+            if (run.student, run.variant) not in self._checked:
+                try:
+                    self._checked_parts(run, self._recipe(run), self.handout.place(name), console)
+                except WrongInput as error:
+                    wrong.append(f"{run.student}, {run.variant}: {error}")
+        if wrong:
+            raise WrongInput("\n".join(wrong))
+
+    def _recipe(self, run: Run) -> Recipe:
+        return methods.resolve(self._comparison.recipe(run.student, run.variant, run.seed))
+
+    def _checked_parts(self, run: Run, recipe: Recipe, place: Path, console: Console) -> Parts:
+        """Return what a run is made of, checked as before every first step."""
         # Another seed would bring the same warnings again.
         again = (run.student, run.variant) in self._checked
-        preflight.check(to_check, Console(quiet=True) if again else console)
         self._checked.add((run.student, run.variant))
+        parts = Parts.of(recipe, self._common, console)
+        to_check = replace(
+            parts.to_check(recipe, place, repeated=self._repeated()), teacher_logits=self.logits
+        )
+        preflight.check(to_check, Console(quiet=True) if again else console)
+        return parts
+
+    def _repeated(self) -> bool:
+        """Return whether several runs read the teacher; those without one read nothing of it."""
+        named = (self._comparison.methods[run.variant].method.name for run in self.runs.values())
+        return sum(name != "none" for name in named) > 1
+
+    def _train(self, run: Run, recipe: Recipe, place: Path, console: Console) -> dict[str, Any]:
+        parts = self._checked_parts(run, recipe, place, console)
         parts = parts.labelled(recipe, self._common, console)
         recipe = parts.start(recipe, place, console, resume=(place / RECIPE).exists())
-        trained = parts.train(recipe, place, console, repeated=repeated)
+        trained = parts.train(recipe, place, console, repeated=self._repeated())
         tokens = parts.tokens.student["validation"]
         logits = predict(parts.student, tokens, bf16=parts.bf16)
         data = self._common.dataset
@@ -271,14 +299,21 @@ def _same_precision(folder: Path, comparison: Comparison) -> Comparison:
     return comparison.model_copy(update={"training": training})
 
 
-def _join(folder: Path, comparison: Comparison, common: Common, console: Console) -> Comparison:
-    """Add to what the folder compares and write that down, or refuse to mix.
-
-    Returns:
-        All that the folder compares.
-    """
+def _inputs(common: Common) -> dict[str, str]:
     tokens = Tokens(common.teacher_tokens, common.teacher_tokens)
-    inputs = provenance.inputs_of(common.dataset, common.teacher, None, tokens)
+    return provenance.inputs_of(common.dataset, common.teacher, None, tokens)
+
+
+def _write(folder: Path, everything: Comparison, common: Common, teacher_logits: np.ndarray) -> None:
+    """Write down what the folder compares, and on which rows."""
+    if not (folder / COMPARISON).exists():
+        provenance.save(folder, _inputs(common), environment(bf16=common.bf16))
+        _keep(folder, common.dataset, "teacher", teacher_logits)
+    everything.save(folder / COMPARISON)
+
+
+def _joined(folder: Path, comparison: Comparison, common: Common, console: Console) -> Comparison:
+    """Return all that the folder compares, with what is asked for now, or refuse to mix."""
     machine = environment(bf16=common.bf16)
     precision = comparison.training.model_copy(update={"precision": machine["precision"]})
     comparison = comparison.model_copy(update={"training": precision})
@@ -293,8 +328,6 @@ def _join(folder: Path, comparison: Comparison, common: Common, console: Console
                 f"Expected a folder that is new, empty, or a comparison, found {folder} with "
                 f"{', '.join(sorted(found)[:5])}. Give another folder."
             )
-        provenance.save(folder, inputs, machine)
-        comparison.save(folder / COMPARISON)
         return comparison
     before = Comparison.load(folder / COMPARISON)
     changed = list(_changes(before, comparison))
@@ -303,16 +336,14 @@ def _join(folder: Path, comparison: Comparison, common: Common, console: Console
             f"{folder} compares something else: {'; '.join(changed)}. Go on with what it has, or give "
             "another folder."
         )
-    provenance.require_same(folder, inputs, machine, console)
-    joined = before.model_copy(
+    provenance.require_same(folder, _inputs(common), machine, console)
+    return before.model_copy(
         update={
             "students": tuple(dict.fromkeys((*before.students, *comparison.students))),
             "methods": {**before.methods, **comparison.methods},
             "seeds": tuple(dict.fromkeys((*before.seeds, *comparison.seeds))),
         }
     )
-    joined.save(folder / COMPARISON)
-    return joined
 
 
 def _changes(before: Comparison, now: Comparison) -> Iterator[str]:
@@ -353,12 +384,11 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _teacher_logits(folder: Path, common: Common) -> np.ndarray:
-    """Return the teacher's logits of the validation rows, computed once for the folder."""
-    if not (folder / PREDICTIONS).exists():
-        teacher = common.teacher.to(Accelerator().device)
-        logits = predict(teacher, common.teacher_tokens["validation"], bf16=common.bf16)
-        _keep(folder, common.dataset, "teacher", logits)
-    return predictions.load(folder / PREDICTIONS).logits["teacher"]
+    """Return the teacher's logits of the validation rows, those of the comparison that is there."""
+    if (folder / COMPARISON).exists():
+        return predictions.load(folder / PREDICTIONS).logits["teacher"]
+    teacher = common.teacher.to(Accelerator().device)
+    return predict(teacher, common.teacher_tokens["validation"], bf16=common.bf16)
 
 
 def _out_of_domain(comparison: Comparison, common: Common, console: Console) -> dict[str, OutOfDomain]:

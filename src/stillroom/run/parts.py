@@ -1,5 +1,6 @@
 """What a run needs, loaded: shared by all runs of a teacher on a data set, and of each run."""
 
+import copy
 import resource
 import sys
 from collections.abc import Callable
@@ -46,6 +47,7 @@ class Common:
     """Whether there is a teacher."""
     _tokens: dict[tuple[str, int], dict[str, TokenisedRows]] = field(default_factory=dict)
     _labelled: list[Dataset] = field(default_factory=list)
+    _folded: dict[str, Encoder] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -85,6 +87,15 @@ class Common:
         if key not in self._tokens:
             self._tokens[key] = tokens_of(self.dataset, made, self.max_length, console)
         return Tokens(self._tokens[key], self.teacher_tokens)
+
+    def student(self, recipe: Recipe) -> Encoder:
+        """Return a recipe's student, new. One that is folded has no seed: it is folded once."""
+        tokens = self.teacher_tokens["train"]
+        if recipe.init != "pca":
+            return _student(recipe, self.teacher, self.dataset, tokens)
+        if recipe.student not in self._folded:
+            self._folded[recipe.student] = _student(recipe, self.teacher, self.dataset, tokens)
+        return copy.deepcopy(self._folded[recipe.student])
 
     def labelled(self, recipe: Recipe, console: Console) -> "Common":
         """Return the same with the labels that the recipe gives to augmented rows, asking the teacher once.
@@ -129,7 +140,7 @@ class Parts:
         recipe = recipe.model_copy(
             update={"init": student.resolve_start(recipe.student, teacher, recipe.init)}
         )
-        made = _student(recipe, teacher, dataset, common.teacher_tokens["train"])
+        made = common.student(recipe)
         torch.manual_seed(recipe.training.seed)
         plan = methods.build(recipe.method, context_of(dataset, made, teacher))
         tokens = common.tokens(made, console)
