@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -129,6 +129,14 @@ TABLE = [
     Row("minilmv2", {"relation_heads": 8, "teacher_layer": 3, "soft_weight": 0.5}, attention=True),
     Row("mixture", MIXED),
     Row("mixture", GENERATED),
+    Row("cilda", {**GENERATOR, "masks": "fixed", "adv_div": "ce", "student_mode": "train"}),
+    Row("angular-emd", {"perturbation_norm": "token"}),
+    Row("pkd", {"layer_map": "last", "normalise": False, "reduction": "sum"}),
+    Row("rail-kd", {"layer_map": "uniform", "embedding": True, "final": True, "pooling": "cls"}),
+    Row("rail-kd", {"reduction": "sum"}),
+    Row("tinybert", {"regression_target": "teacher"}, attention=True, padding_counts=True),
+    Row("minilm", {"soft_weight": 0.5}, attention=True),
+    Row("minilmv2", attention=True),
 ]
 FAMILY_ROWS = [
     Row("none"),
@@ -176,6 +184,23 @@ def loss_of(job: Job, distiller: Distiller, batch: Batch, stage: Stage) -> torch
 
 def test_every_method_has_a_row() -> None:
     assert {row.method for row in TABLE} == set(METHODS)
+
+
+def choices(annotation: Any) -> set[Any]:
+    """Return the values that an option names: those of its `Literal`, true and false."""
+    if annotation is bool:
+        return {True, False}
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return set().union(*map(choices, get_args(annotation)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_choice_of_every_option_has_a_row(name: str) -> None:
+    rows = [row.options for row in TABLE if row.method == name]
+    for option, field_ in METHODS[name].settings.model_fields.items():
+        tried = {str(row.get(option, field_.default)) for row in rows}
+        assert {str(choice) for choice in choices(field_.annotation)} <= tried, option
 
 
 @every_row

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from rich.console import Console
@@ -113,13 +115,24 @@ def test_texts_are_lines_and_every_twentieth_is_held_out(tmp_path: Path) -> None
     assert len(train) == 38 and train.texts[0][0] == "line 1"
 
 
+def test_texts_are_those_that_pretraining_reads(tmp_path: Path) -> None:
+    table = pa.table({"text": ["one line\nand another", "a third", " "], "id": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "b.parquet")
+    (tmp_path / "a.jsonl").write_text('{"text": "a row"}\n')
+    train, held_out = read_texts([tmp_path])
+    assert held_out.texts[0] == ["a row"]
+    assert train.texts[0] == ["one line", "and another", "a third"]
+
+
 def test_texts_that_cannot_be_read_or_are_too_few_are_refused(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("one line\n\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder").mkdir()
     for name, message in (
         ("one.txt", "at least 2 lines .* found 1"),
-        ("bytes.txt", "cannot be read as UTF-8"),
-        ("missing.txt", "cannot be read as UTF-8"),
+        ("bytes.txt", "at byte 0: expected UTF-8 text"),
+        ("missing.txt", "found nothing at .*missing.txt"),
+        ("folder", "folder holds no text"),
     ):
         with pytest.raises(WrongInput, match=message):
             read_texts([tmp_path / name])

@@ -12,7 +12,7 @@ from stillroom.errors import WrongInput
 
 EXAMPLES = frame.examples(
     "stillroom generator --model minilm-l6 --dataset builtin/verdicts -o runs/generator",
-    "stillroom generator --model bert-base-uncased --text news.txt --text mail.txt -o runs/generator",
+    "stillroom generator --model bert-base-uncased --text news.txt --text corpus -o runs/generator",
 )
 
 
@@ -30,7 +30,8 @@ def generator(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Plain text, one text to a line; may be repeated.",
+            help="Plain text, JSONL, Parquet, CSV or TSV, or a folder of these; each line is a text. "
+            "May be repeated.",
             rich_help_panel=frame.DATA,
         ),
     ] = None,

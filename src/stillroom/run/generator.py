@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from stillroom import durable, generator, preflight
-from stillroom.data import sources
+from stillroom.data import packed, sources
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import tokenise
 from stillroom.errors import RunFailed, WrongInput
 from stillroom.provenance import METRICS
-from stillroom.recipe import DatasetSettings
+from stillroom.recipe import DatasetSettings, TextSettings
 from stillroom.training import masked_lm
 from stillroom.training.loop import use_bf16
 
@@ -25,25 +25,22 @@ _HELD_OUT = 20
 
 
 def read_texts(paths: Sequence[Path]) -> tuple[Rows, Rows]:
-    """Return the lines of text files, blank ones left out: to train on, and every twentieth held out.
+    """Return the lines of text, blank ones left out: to train on, and every twentieth held out.
+
+    Args:
+        paths: What `stillroom pretrain --text` takes: plain text, JSONL, Parquet, CSV, TSV, or folders.
 
     Raises:
-        WrongInput: If a file cannot be read as UTF-8, or there are too few lines.
+        WrongInput: If a file is missing, empty, damaged or not UTF-8, or there are too few lines.
     """
-    lines: list[str] = []
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise WrongInput(
-                f"{path} cannot be read as UTF-8 text: {error}. Give plain text files."
-            ) from None
-        lines += [line.strip() for line in text.splitlines() if line.strip()]
+    files = packed.files_of(TextSettings(files=tuple(paths)))
+    texts = (piece for path in files for (piece, _), _ in packed.pieces(path, None))
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     held_out, rest = lines[::_HELD_OUT], [line for i, line in enumerate(lines) if i % _HELD_OUT]
     if not rest:
         raise WrongInput(
             f"Expected at least 2 lines of text in {', '.join(map(str, paths))}, found {len(lines)}. Give "
-            "one text to a line."
+            "more text: each line is one to learn from."
         )
     where = ", ".join(map(str, paths))
     return _unlabelled(where, (rest,)), _unlabelled(where, (held_out,))

@@ -143,7 +143,7 @@ class _Parts:
             others = [m.name for m in methods.METHODS.values() if m.pretrain and not m.masked_lm]
             raise WrongInput(
                 f"{method.name} guesses hidden words. {error} Make a teacher that has one: stillroom "
-                f"generator --model {recipe.teacher} --text FILE -o DIR; or use a method that needs none: "
+                f"generator --model {recipe.teacher} --text FILES -o DIR; or use a method that needs none: "
                 f"{', '.join(others)}."
             ) from error
         _require_fit(recipe, teacher)
