@@ -109,7 +109,7 @@ def test_a_task_starts_from_it(place: Path, tmp_path: Path) -> None:
     assert weights_hash(itself.model) == weights_hash(found.model)
 
 
-@pytest.mark.parametrize("method", ["minilm", "distilbert"])
+@pytest.mark.parametrize("method", PRETRAINERS)
 def test_resumed_it_gives_the_same_student(method: str, place: Path, tmp_path: Path) -> None:
     """The newest checkpoint is lost, as after a kill: the rest is done again, to the same bytes."""
     run = tmp_path / "run"

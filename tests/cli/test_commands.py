@@ -302,6 +302,16 @@ def test_every_method_can_be_shown() -> None:
         assert all(option["meaning"] and option["values"] for option in found["options"].values())
 
 
+@pytest.mark.parametrize(
+    "command", [("datasets",), ("methods",), ("evaluate", "nothing", "--dataset", "d")]
+)
+def test_what_one_process_does_refuses_to_be_launched_in_several(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "Expected one process, found 2" in run(*command, code=2).stderr
+
+
 def test_datasets_lists(tmp_path: Path) -> None:
     found = {row["name"]: row for row in json.loads(run("datasets", "--json").stdout)["datasets"]}
     assert {"glue/cola", "glue/stsb", "glue/mnli", "builtin/verdicts"} <= found.keys()

@@ -46,6 +46,7 @@ def finetune(
     found = frame.execute(
         work,
         as_json=as_json,
+        together=True,
         stopped=lambda: f"Stopped. A teacher's training cannot go on: remove {output} and start again.",
     )
     if as_json:

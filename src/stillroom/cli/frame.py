@@ -159,6 +159,7 @@ def execute(
     *,
     as_json: bool,
     stopped: Callable[[], str] = lambda: "Stopped.",
+    together: bool = False,
 ) -> dict[str, Any]:
     """Return what `work` returns, printed as JSON if asked for, or end the process with its error.
 
@@ -169,6 +170,7 @@ def execute(
         work: Gets a console for progress and warnings; imports what it needs.
         as_json: Whether the result, or the error, goes to standard output as one JSON object.
         stopped: What to say after Ctrl-C.
+        together: Whether processes that were launched together can do it.
     """
     console = Console(stderr=True)
     # In a file or a pipe no line needs to be broken.
@@ -176,6 +178,10 @@ def execute(
     debug = os.environ.get(DEBUG, "") not in ("", "0")
     try:
         with _quiet(debug), _stdout_to_stderr():
+            if not together and os.environ.get("WORLD_SIZE", "1") != "1":
+                from stillroom.preflight import require_one_process
+
+                require_one_process()
             result = work(console)
         text = json.dumps(result, indent=2, allow_nan=False)
     except StillroomError as error:

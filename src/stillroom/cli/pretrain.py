@@ -141,7 +141,7 @@ def pretrain(
         )
         return pretrain(loaded, folder, dry_run=dry_run, console=console)
 
-    found = frame.execute(work, as_json=as_json, stopped=lambda: _how_to_go_on(folder))
+    found = frame.execute(work, as_json=as_json, stopped=lambda: _how_to_go_on(folder), together=True)
     if as_json:
         return
     if dry_run:

@@ -199,29 +199,48 @@ def _experimental() -> Iterator[None]:
 def in_processes(workers: int, work: Callable[..., None], *given: Any) -> None:
     """Let `workers` processes of one thread work, and wait for them.
 
+    Where there are several GPUs each process sees one, in turn.
+
     Args:
         workers: How many.
         work: A function of a module. Called with a console and `given`, all of which can be pickled.
         *given: Its arguments.
     """
     context = multiprocessing.get_context("spawn")
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        made = [
-            context.Process(target=_worker_process, args=(work, *given), daemon=True)
-            for _ in range(workers)
-        ]
-        with _deaf():
-            for process in made:
+    made = [
+        context.Process(target=_worker_process, args=(work, *given), daemon=True) for _ in range(workers)
+    ]
+    with _deaf():
+        for place, process in enumerate(made):
+            with _environment(OMP_NUM_THREADS="1", **_gpu_of(place)):
                 process.start()
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
     for process in made:
         process.join()
+
+
+def _gpu_of(worker: int) -> dict[str, str]:
+    """Return the variable that shows a worker its GPU; nothing where there are not several."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return {}
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(i) for i in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": names[worker % count]}
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set variables for processes that start meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def require_valid(chosen: Sweep) -> None:
     for key, given in chosen.tries.items():
         if key.split(".")[0] in ("dataset", "teacher", "control") and key not in _SAME_ROWS:
             raise WrongInput(
-                f"{key} cannot be tried: runs would not be scored on the same rows. Expected keys of "
+                f"{key} cannot be tried: all runs of a sweep share rows and teacher. Expected keys of "
                 f"training and method, student, or one of {', '.join(_SAME_ROWS)}."
             )
         for value in _ends(given):
