@@ -1,4 +1,4 @@
-"""Count the padding in the batches of every GLUE task, as a share of all tokens.
+"""Count the padding in the batches of GLUE's tasks but WNLI, as a share of all tokens.
 
     python benchmarks/padding.py --data-dir ../shared/data
     python benchmarks/padding.py --data-dir ../shared/data --rows 20000 --tasks cola sst2
