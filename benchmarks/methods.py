@@ -1,14 +1,16 @@
-"""Time a training step of every method that needs no generator beside plain distillation.
+"""Time a training step of every method beside plain distillation.
 
     python benchmarks/methods.py --data-dir ../shared/data
     python benchmarks/methods.py --methods kd+hidden,codir --json
 
-Teacher 12x768 and student 4x312 with random weights, batches of 32 rows with the token lengths of
-SST-2's training rows (--data-dir), else of builtin/verdicts. A step is the teacher's pass, the
-student's, the backward pass and the optimiser's update, on the same batches for each method. The
-methods take turns, a step each, in an order that is drawn anew in each round, so that a machine whose
-speed changes slows them all alike. Printed are the median of the seconds, the quartiles, and the ratio
-to `kd` and to `kd+hidden`: its median over rounds.
+Teacher 12x768, live, and student 4x312 with random weights, a generator of minilm-l6's size, in bf16
+where training is, batches of 32 rows with the token lengths of SST-2's training rows (--data-dir), else
+of builtin/verdicts. A step is the teacher's pass, the student's, the backward pass and the optimiser's
+update, on the same batches for each method: of its last stage, and of its first one where it has two;
+where there is a generator, its own step too, of which there is one to ten of the student's. The methods
+take turns, a step each, in an order that is drawn anew in each round, so that a machine whose speed
+changes slows them all alike. Printed are the median of the seconds, the quartiles, and the ratio to `kd`
+and to `kd+hidden`: its median over rounds, with the teacher's pass and (`student's part`) without it.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from stillroom import methods
+from stillroom import generator, methods
 from stillroom.data import sources
 from stillroom.data.batching import Batch, epoch_batches, make_batch
 from stillroom.data.tasks import Dataset
@@ -37,7 +39,9 @@ from stillroom.encoder import MINILM, Encoder, Needs, Outputs, describe_task, lo
 from stillroom.methods.base import Context, Plan, Stage, Term
 from stillroom.recipe import DatasetSettings, MethodSettings
 from stillroom.teacher.live import LiveTeacher
+from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller
+from stillroom.training.loop import use_bf16
 
 TEACHER, STUDENT = (12, 768, 12), (4, 312, 12)
 TINY = (4, 48, 4), (2, 24, 4)
@@ -51,17 +55,24 @@ class Variant:
     options: dict[str, object] = field(default_factory=dict)
     reads_hidden_states: bool = False
     fixed_map: bool = False
+    stage: int = -1
+    generator_step: bool = False
 
 
+PASS = "teacher's pass"
 VARIANTS = {
+    **{
+        f"{name}, stage 1": Variant(name, stage=0)
+        for name in ("lrc-bert", "angular-emd", "tinybert", "minilm", "minilmv2")
+    },
+    **{f"{name}, generator's step": Variant(name, generator_step=True) for name in ("cilda", "mate-kd")},
     "kd": Variant("kd"),
     "kd+hidden": Variant("kd", reads_hidden_states=True),
     "codir official": Variant("codir", {"loss": "nce_official", "pooling": "cls"}),
     "codir symmetric": Variant("codir", {"direction": "symmetric"}),
     "bert-emd fixed map": Variant("bert-emd", fixed_map=True),
-    "minilmv2": Variant("minilmv2", {"relation_heads": 12}),
 }
-"""Beside every registered method with its defaults, or instead of them where those do not fit the sizes."""
+"""Beside every registered method with its defaults."""
 
 
 class HiddenStatesRead(Term):
@@ -78,9 +89,8 @@ class HiddenStatesRead(Term):
 
 
 def variants() -> dict[str, Variant]:
-    """Return what can be measured, by name. Methods that need a generator are left out."""
-    plain = [name for name, m in methods.METHODS.items() if "generator" not in m.settings.model_fields]
-    return {**{name: Variant(name) for name in plain}, **VARIANTS}
+    """Return what can be measured, by name. A mixture is what a recipe makes of it."""
+    return {**{name: Variant(name) for name in methods.METHODS if name != "mixture"}, **VARIANTS}
 
 
 def model_of(size: tuple[int, int, int], tokenizer: object, dataset: Dataset) -> Encoder:
@@ -93,7 +103,9 @@ def model_of(size: tuple[int, int, int], tokenizer: object, dataset: Dataset) ->
 
 
 def plan_of(variant: Variant, context: Context) -> Plan:
-    plan = methods.build(MethodSettings(name=variant.method, **variant.options), context)
+    needed = "generator" in methods.METHODS[variant.method].settings.model_fields
+    options = {**variant.options, **({"generator": MINILM} if needed else {})}
+    plan = methods.build(MethodSettings(name=variant.method, **options), context)
     if variant.fixed_map:
         return with_fixed_map(plan, context)
     if not variant.reads_hidden_states:
@@ -113,25 +125,36 @@ def with_fixed_map(plan: Plan, context: Context) -> Plan:
 
 
 def stepper(
-    variant: Variant, context: Context, student: Encoder, teacher: LiveTeacher
-) -> Callable[[Batch], None]:
-    """Return a function that takes one training step of a method's last stage."""
+    variant: Variant, context: Context, student: Encoder, teacher: LiveTeacher, *, bf16: bool
+) -> tuple[Callable[[Batch], None], bool]:
+    """Return a function that takes one training step of a method, and whether the teacher runs in it."""
     plan = plan_of(variant, context)
-    distiller = Distiller(student, plan, bf16=False)
+    distiller = Distiller(student, plan, bf16=bf16)
     distiller.to(teacher.encoder.words.device).train()
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-5, fused=True)
-    stage = plan.stages[-1]
+    stage, writer = plan.stages[variant.stage], None
+    if plan.augmentation is not None:
+        made = generator.load(MINILM, fresh_head=True)
+        writer = Augmenter(plan, made, teacher, distiller, seed=0, bf16=bf16)
 
     def step(batch: Batch) -> None:
-        loss = distiller(batch, teacher(batch, plan.teacher_needs(stage)), stage)
-        loss.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        distiller.after_step(stage)
+        positions = writer.draw(batch.to(torch.device("cpu")), 0) if writer else None
+        if writer and positions is not None and variant.generator_step:
+            writer.objective(batch, positions).total.backward()
+            writer.step(1e-5, 1.0, max_norm=1.0)
+        else:
+            augmented = (
+                writer.augment(batch, positions, stage) if writer and positions is not None else None
+            )
+            found = teacher(batch, plan.teacher_needs(stage))
+            distiller(batch, found, stage, augmented).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            distiller.after_step(stage)
         if batch.labels.is_cuda:
             torch.cuda.synchronize()
 
-    return step
+    return step, plan.teacher_needs(stage) != Needs()
 
 
 def measure(
@@ -149,16 +172,27 @@ def measure(
     return seconds
 
 
-def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Return median, quartiles and ratios to the sides that are compared with, for each method."""
-    found = {}
+def summary(seconds: dict[str, list[float]], taught: set[str]) -> dict[str, dict[str, float]]:
+    """Return median, quartiles and ratios to the sides that are compared with, for each method.
+
+    Args:
+        seconds: By method, those of each round; and those of the teacher's pass alone.
+        taught: The methods in whose step the teacher runs once, as it does alone.
+    """
+    alone = seconds.pop(PASS)
+    rest = {
+        name: [a - b * (name in taught) for a, b in zip(own, alone, strict=True)]
+        for name, own in seconds.items()
+    }
+    found = {PASS: {"seconds": statistics.median(alone)}}
     for name, own in seconds.items():
         low, median, high = statistics.quantiles(own, n=4)
         found[name] = {"seconds": median, "lower_quartile": low, "upper_quartile": high}
         for side in ("kd", "kd+hidden"):
             if side in seconds:
-                ratios = [a / b for a, b in zip(own, seconds[side], strict=True)]
-                found[name][f"times {side}"] = statistics.median(ratios)
+                for what, parts in (("", seconds), (", student's part", rest)):
+                    ratios = [a / b for a, b in zip(parts[name], parts[side], strict=True)]
+                    found[name][f"times {side}{what}"] = statistics.median(ratios)
     return {name: {key: round(value, 4) for key, value in row.items()} for name, row in found.items()}
 
 
@@ -190,24 +224,33 @@ def main() -> None:
     dataset, tokenizer, tokens = data(options.data_dir)
     rows = dataset.splits["train"]
     teacher_size, student_size = TINY if options.tiny else (TEACHER, STUDENT)
-    teacher = LiveTeacher(model_of(teacher_size, tokenizer, dataset), device=device, bf16=False)
+    bf16 = use_bf16("auto")
+    teacher = LiveTeacher(model_of(teacher_size, tokenizer, dataset), device=device, bf16=bf16)
     count = options.rounds + options.warmup
     order = epoch_batches(tokens.lengths, seed=0, epoch=0, batch_size=options.batch_size, max_tokens=8192)
     full = [index for index in order if len(index) == options.batch_size][:count]
     batches = [make_batch(index, rows, tokens).to(device) for index in full]
-    steps = {}
+
+    def teach(batch: Batch) -> None:
+        teacher(batch, Needs(logits=True))
+
+    steps: dict[str, Callable[[Batch], None]] = {PASS: teach}
+    taught = set()
     for name in chosen:
         student = model_of(student_size, tokenizer, dataset)
         sizes = (student.depth, student.width, teacher.encoder.depth, teacher.encoder.width)
         context = Context(dataset.task.kind, dataset.task.outputs, len(rows), *sizes, rows.labels)
-        steps[name] = stepper(known[name], context, student, teacher)
-    found = summary(measure(steps, batches, options.warmup))
+        steps[name], runs = stepper(known[name], context, student, teacher, bf16=bf16)
+        if runs:
+            taught.add(name)
+    found = summary(measure(steps, batches, options.warmup), taught)
     machine = {
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "torch": torch.__version__,
+        "precision": "bf16" if bf16 else "float32",
         "data": dataset.task.name,
         "tokens per row": round(float(np.mean([tokens.lengths[index].mean() for index in full])), 1),
         "rounds": len(batches) - options.warmup,
