@@ -458,6 +458,31 @@ def test_the_student_of_a_recording_is_the_student_of_the_model(tmp_path: Path, 
         assert torch.equal(value, want[name]), name
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("kd", {}), ("lrc-bert", {"perturbation": "off", "switch": 0.0}), ("pkd", {})]
+)
+def test_in_bf16_the_student_of_a_recording_is_that_of_the_model_but_for_rounding(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    def trained(*, recorded: bool) -> torch.Tensor:
+        """Return how far training moved the student's weights."""
+        given: dict[str, Any] = {"count": 24, "epochs": 4, "checkpoint_every": 1000}
+        job = job_of(tmp_path / str(recorded), Row(method, options), **given)
+        assert isinstance(job.teacher, LiveTeacher)
+        live = LiveTeacher(job.teacher.encoder, device=torch.device("cpu"), bf16=True)
+        teacher: Any = live
+        if recorded:
+            needs, cache = job.plan.all_teacher_needs(), cache_of(tmp_path / "recording", live)
+            teacher = record(live, cache, job.teacher_tokens, needs, max_bytes=10**9, console=QUIET)
+        before = [value.clone() for value in job.student.model.state_dict().values()]
+        train(replace(job, teacher=teacher), QUIET)
+        after = job.student.model.state_dict().values()
+        return torch.cat([(a - b).flatten().float() for a, b in zip(after, before, strict=True)])
+
+    want, found = trained(recorded=False), trained(recorded=True)
+    assert (found - want).norm() < 0.02 * want.norm()
+
+
 def test_auto_records_what_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STILLROOM_CACHE", str(tmp_path / "kept"))
     live = make_live()
