@@ -12,6 +12,7 @@ from stillroom import methods
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context
 from stillroom.recipe import (
+    Comparison,
     DatasetSettings,
     FinetuneRecipe,
     MethodSettings,
@@ -19,8 +20,10 @@ from stillroom.recipe import (
     TeacherSettings,
     TrainingSettings,
     nearest,
+    read_tries,
     read_yaml,
     set_value,
+    validate,
 )
 
 
@@ -336,3 +339,36 @@ def test_numbers_in_files_are_numbers(text: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"teacher: t\ndataset: glue/cola\nmethod: {{name: kd, temperature: {text}}}\n")
     assert Recipe.load(path).method.options == {"temperature": 1e-4}
+
+
+COMPARED = {"teacher": "t", "dataset": "d", "methods": ["kd"]}
+
+
+@pytest.mark.parametrize(
+    ("load", "match"),
+    [
+        (
+            lambda: Comparison.load(**COMPARED, overrides=["out_of_domain.x.datset=3"]),
+            "x.datset. Did you mean dataset",
+        ),
+        (
+            lambda: Comparison.load(**{**COMPARED, "methods": {"a": {"metod": "kd"}}}),
+            "a.metod. Did you mean method",
+        ),
+        (
+            lambda: Comparison.load(
+                **{**COMPARED, "methods": {"a": {"method": "kd", "training": {"seed": 5}}}}
+            ),
+            "expected no training.seed of a",
+        ),
+        (lambda: validate(Recipe, [1]), "should hold `key: value` lines"),  # type: ignore[arg-type]
+        (lambda: read_tries("[1,2"), "the values are not YAML"),
+    ],
+)
+def test_mistakes_below_names_are_told(load: Any, match: str) -> None:
+    with pytest.raises(WrongInput, match=match):
+        load()
+
+
+def test_a_date_is_text() -> None:
+    assert Recipe.load(None, ["student=2026-13-45"], teacher="t", dataset="d").student == "2026-13-45"

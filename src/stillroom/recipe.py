@@ -5,8 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -299,6 +298,13 @@ class Comparison(_RecipeFile):
         return values
 
     @model_validator(mode="after")
+    def _seeds_are_the_comparisons(self) -> Self:
+        for name, variant in self.methods.items():
+            if "seed" in variant.training:
+                raise ValueError(f"a comparison has `seeds`, expected no training.seed of {name}")
+        return self
+
+    @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
         for name, given in (("students", self.students), ("seeds", self.seeds)):
             if len(set(given)) < len(given):
@@ -368,7 +374,10 @@ def read_tries(text: str) -> Range | list[Any]:
                 joined[-1] += f",{part}"
             else:
                 joined.append(part)
-        return [yaml.load(part, Loader=_Yaml) for part in joined]
+        try:
+            return [yaml.load(part, Loader=_Yaml) for part in joined]
+        except yaml.YAMLError as error:
+            raise WrongInput(f"--try {text}: the values are not YAML: {error}") from None
     low, high, log = found.groups()
     whole = low.lstrip("+-").isdecimal() and high.lstrip("+-").isdecimal()
     return validate(Range, {"low": float(low), "high": float(high), "log": bool(log), "whole": whole})
@@ -489,10 +498,14 @@ class PretrainRecipe(_File):
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML as version 1.2 reads it: `off` is a word, and 1e-4 is a number."""
+    """YAML as version 1.2 reads it: `off` is a word, 1e-4 is a number, and a date is text."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if not tag.endswith((":bool", ":float", ":timestamp"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -557,6 +570,9 @@ def read_method(text: str) -> dict[str, Any]:
 
 def validate(model: type[_Model], values: Mapping[str, Any], section: str = "") -> _Model:
     """Return `model(**values)`, or raise `WrongInput` with one line per wrong key or value."""
+    if not isinstance(values, Mapping):
+        where = section or "recipe"
+        raise WrongInput(f"{where} should hold `key: value` lines, found {values!r:.60}.")
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
@@ -576,11 +592,7 @@ def _explain(model: type[BaseModel], problem: Any, section: str) -> str:
     path = [str(part) for part in problem["loc"]]
     where = ".".join([section, *path] if section else path)
     if problem["type"] == "extra_forbidden":
-        inner: type[BaseModel] = model
-        for part in path[:-1]:
-            # A place in a list is no section: its items' model is already found.
-            inner = inner if part.isdigit() else _section_model(inner, part)
-        return f"Unknown key {where}.{nearest(path[-1], list(inner.model_fields))}"
+        return f"Unknown key {where}.{_valid_keys(model, path)}"
     if problem["type"] == "missing":
         return f"Missing key {where}: set it in the recipe or on the command line."
     message = problem["msg"].removeprefix("Value error, ")
@@ -588,7 +600,18 @@ def _explain(model: type[BaseModel], problem: Any, section: str) -> str:
     return f"{where or 'recipe'}: {message}{found}."
 
 
-def _section_model(model: type[BaseModel], name: str) -> type[BaseModel]:
-    annotation = model.model_fields[name].annotation
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType, tuple) else [annotation]
-    return next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+def _valid_keys(model: type[BaseModel], path: Sequence[str]) -> str:
+    """Return what `nearest` says of the last part of a path; nothing where its section is not known."""
+    inner: type[BaseModel] | None = model
+    for part in path[:-1]:
+        # A name in a mapping, or a place in a list, is no section: its model is already found.
+        if inner is not None and part in inner.model_fields:
+            inner = _model_in(inner.model_fields[part].annotation)
+    return "" if inner is None else nearest(path[-1], list(inner.model_fields))
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the settings that an annotation holds: itself, or inside a union, a list or a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

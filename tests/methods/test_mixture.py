@@ -189,7 +189,8 @@ SOFT = {"terms": {"kd:soft": 1.0}}
         ({"stages": [{**SOFT, "perturb": True}], "input": "kd"}, "kd has no perturbation"),
         ({"stages": [{**SOFT, "augmented": {"kd:soft": 1}}], "input": "lrc-bert"}, "augments no rows"),
         ({"stages": [SOFT], "input": "lrc-bert"}, "no stage perturbs or augments"),
-        ({"stages": [SOFT], "input": "lcr-bert"}, "Did you mean lrc-bert"),
+        ({"stages": [SOFT], "input": "lcr-bert"}, "method.input: unknown method .*Did you mean lrc-bert"),
+        ({"stages": [{"terms": {":soft": 1}}]}, "METHOD:TERM, such as kd:soft, found the method ''"),
         ({"stages": [{"terms": {"cilda:soft": 1}}]}, "method.options.cilda: cilda needs a masked"),
     ],
 )

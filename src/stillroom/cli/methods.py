@@ -80,6 +80,9 @@ def _values(field: dict[str, Any]) -> str:
         return " | ".join(map(str, field["enum"]))
     if "const" in field:
         return str(field["const"])
+    if "$ref" in field or "additionalProperties" in field:
+        # Sections of their own, which the card describes.
+        return "mapping"
     if field["type"] == "array":
         return f"list of {_values(field['items'])}"
     limits = ", ".join(f"{sign} {field[key]:g}" for key, sign in _LIMITS.items() if key in field)

@@ -101,4 +101,14 @@ def _about(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".parquet":
         return {}
     noted = (pq.read_schema(path.expanduser()).metadata or {}).get(ABOUT)
-    return {} if noted is None else dict(json.loads(noted))
+    if noted is None:
+        return {}
+    try:
+        about = dict(json.loads(noted))
+        if not isinstance(about.get("fingerprint", ""), str):
+            raise ValueError("its fingerprint is no text")
+        return about
+    except (ValueError, TypeError) as error:
+        raise WrongInput(
+            f"{path}: what `stillroom augment` noted in it cannot be read: {error}. Write it again."
+        ) from None

@@ -60,8 +60,14 @@ def build(settings: MixtureSettings, context: Context, methods: Mapping[str, Met
         raise WrongInput(f"method.stages: expected stages with starts that rise from 0, found {starts}.")
     named = [name for stage in settings.stages for name in (*stage.terms, *stage.augmented)]
     parts = {name: name.partition(":")[::2] for name in named}
-    used = dict.fromkeys([method for method, _ in parts.values()] + [settings.input or ""])
-    plans = {name: _plan(name, settings.options.get(name, {}), context, methods) for name in used if name}
+    if settings.input is not None and settings.input not in methods:
+        raise WrongInput(
+            f"method.input: unknown method {settings.input!r}.{nearest(settings.input, list(methods))}"
+        )
+    used = dict.fromkeys(method for method, _ in parts.values())
+    if settings.input is not None:
+        used[settings.input] = None
+    plans = {name: _plan(name, settings.options.get(name, {}), context, methods) for name in used}
     idle = settings.options.keys() - plans.keys()
     if idle:
         raise WrongInput(f"method.options: no stage has a term of {', '.join(sorted(idle))}.")

@@ -216,7 +216,9 @@ def batches(run: Run, report: Report) -> None:
     for step, group in enumerate(schedule.from_step(0)):
         number, stage = schedule.stage(step)
         starts.setdefault(number, step)
-        needed = {name: run.plan.terms[name].least_rows for name in stage.weights}
+        raised = run.plan.augmentation.weights if run.plan.augmentation else ()
+        computed = (*stage.weights, *stage.augmented, *raised)
+        needed = {name: run.plan.terms[name].least_rows for name in computed}
         name = max(needed, key=lambda term: needed[term])
         small = next((rows for rows in group if len(rows) < needed[name]), None)
         if small is not None:

@@ -36,6 +36,7 @@ POINTS = 200
 
 _NOT_TERMS = {
     "step",
+    "objective",
     "stage",
     "epoch",
     "loss",
