@@ -100,7 +100,7 @@ def test_what_is_done_is_skipped_and_other_sweeps_are_refused(
         (("--try", "training.learning_rate=1:0"), "from low to high"),
         (("--try", "training.learning_rate=0:1:log"), "from above 0"),
         (("--try", "method.temperature=1,x"), "method.temperature: 'x' does not fit"),
-        (("--try", "dataset.train_rows=10,20"), "not be scored on the same rows"),
+        (("--try", "dataset.train_rows=10,20"), "all runs of a sweep share rows and teacher"),
         (("--try", "training.epochs"), "KEY=VALUES"),
         (("--try", "student=a", "--objectives", "speed"), "objectives"),
     ],

@@ -144,7 +144,7 @@ class CosNCE(Term):
         Every process draws for all rows, as one alone would, so that all banks and draws are one.
         """
         rows, labels = batch.share.gather(batch.row_ids), batch.share.gather(batch.labels)
-        if self.training and not batch.augmented:
+        if not batch.augmented:
             self.bank[rows] = goals_LGE.transpose(0, 1)
             self.bank_labels[rows] = labels.long() if self.classification else 0
         allowed = (self.bank_labels >= 0).float().repeat(len(rows), 1)
