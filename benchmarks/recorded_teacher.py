@@ -55,9 +55,9 @@ def main() -> None:
         origin = Origin.of(encoder, max_length=128, bf16=bf16)
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "cache"
-            record(live, Cache(folder, origin), tokens, NEEDS, max_bytes=10**11, console=quiet)
-            opened = record(live, Cache(folder, origin), tokens, NEEDS, max_bytes=10**11, console=quiet)
-            teacher = record(live, Cache(folder, origin), tokens, NEEDS, max_bytes=10**11, console=quiet)
+            record(live, Cache(folder, origin), tokens, [NEEDS], max_bytes=10**11, console=quiet)
+            opened = record(live, Cache(folder, origin), tokens, [NEEDS], max_bytes=10**11, console=quiet)
+            teacher = record(live, Cache(folder, origin), tokens, [NEEDS], max_bytes=10**11, console=quiet)
             found = []
             for epoch in range(given.epochs):
                 batches = epoch_batches(lengths, seed=0, epoch=epoch, batch_size=BATCH, max_tokens=16384)

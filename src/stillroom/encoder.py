@@ -4,12 +4,13 @@ The only file that knows transformers' layer indexing, and where embeddings leav
 """
 
 import copy
+import functools
 import hashlib
 import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -115,6 +116,16 @@ class Needs:
             self.pooled_states | other.pooled_states,
             self.padding or other.padding,
         )
+
+
+def sum_needs(needs: Iterable[Needs]) -> Needs:
+    """Return what any of them names.
+
+    Example:
+        >>> sorted(sum_needs([Needs(hidden_states=frozenset({i})) for i in (1, 3)]).hidden_states)
+        [1, 3]
+    """
+    return functools.reduce(Needs.__or__, needs, Needs())
 
 
 @dataclass(frozen=True)

@@ -57,14 +57,14 @@ def cache_of(folder: Path, live: LiveTeacher, max_length: int = 32) -> Cache:
 def recorded_in(
     folder: Path,
     live: LiveTeacher | None = None,
-    needs: Needs = STATES,
+    *stages: Needs,
     tokens: TokenisedRows | None = None,
     **given: Any,
 ) -> RecordedTeacher:
     live = live or make_live()
     tokens = tokens or make_tokens(ROWS, live.encoder)
     options = {"max_bytes": 10**9, "console": QUIET, "shard_bytes": 5000, **given}
-    return record(live, cache_of(folder, live), tokens, needs, **options)
+    return record(live, cache_of(folder, live), tokens, stages or (STATES,), **options)
 
 
 def assert_same(found: Any, want: Any, mask: torch.Tensor, needs: Needs, **tolerance: float) -> None:
@@ -303,7 +303,7 @@ def test_planning_writes_nothing(tmp_path: Path) -> None:
     cache = cache_of(tmp_path / "t", live)
     cache.open(check=False)
     options = {"max_bytes": 10**9}
-    plan = planned(live, cache, tokens, keys_of(tokens), STATES, **options)
+    plan = planned(live, cache, tokens, keys_of(tokens), [STATES], **options)
     assert not (tmp_path / "t").exists()
     # By hand: 2 logits, and 2 states of width 24 for each token, of rows that differ.
     different = {
@@ -312,7 +312,7 @@ def test_planning_writes_nothing(tmp_path: Path) -> None:
     assert plan.more == plan.total == 4 * (2 * len(different) + 2 * 24 * sum(different.values()))
     recorded_in(tmp_path / "t", live, Needs(logits=True))
     cache.open(check=False)
-    plan = planned(live, cache, tokens, keys_of(tokens), STATES, **options)
+    plan = planned(live, cache, tokens, keys_of(tokens), [STATES], **options)
     assert plan.more == 4 * 2 * 24 * sum(different.values())
     assert plan.total == plan.more + cache.bytes
     assert [column.name for column in plan.lacking] == ["hidden_states.2", "hidden_states.4"]
@@ -444,12 +444,10 @@ def test_the_student_of_a_recording_is_the_student_of_the_model(tmp_path: Path, 
     train(job, QUIET)
     again = job_of(tmp_path / "recorded", row, **given)
     assert isinstance(again.teacher, LiveTeacher)
-    needs = Needs()
-    for stage in again.plan.stages:
-        needs = needs | again.plan.teacher_needs(stage)
+    stages = again.plan.teacher_needs_of_stages()
     cache = cache_of(tmp_path / "recording", again.teacher)
-    teacher = record(again.teacher, cache, again.teacher_tokens, needs, max_bytes=10**9, console=QUIET)
-    if again.plan.augmentation is None and teacher.kept == set(columns_of(needs)):
+    teacher = record(again.teacher, cache, again.teacher_tokens, stages, max_bytes=10**9, console=QUIET)
+    if again.plan.augmentation is None and not any(needs.padding for needs in stages):
         # Rows that are augmented are recorded nowhere, nor is what counts padding.
         again.teacher.module.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
     train(replace(again, teacher=teacher), QUIET)
@@ -472,8 +470,8 @@ def test_in_bf16_the_student_of_a_recording_is_that_of_the_model_but_for_roundin
         live = LiveTeacher(job.teacher.encoder, device=torch.device("cpu"), bf16=True)
         teacher: Any = live
         if recorded:
-            needs, cache = job.plan.all_teacher_needs(), cache_of(tmp_path / "recording", live)
-            teacher = record(live, cache, job.teacher_tokens, needs, max_bytes=10**9, console=QUIET)
+            stages, cache = job.plan.teacher_needs_of_stages(), cache_of(tmp_path / "recording", live)
+            teacher = record(live, cache, job.teacher_tokens, stages, max_bytes=10**9, console=QUIET)
         before = [value.clone() for value in job.student.model.state_dict().values()]
         train(replace(job, teacher=teacher), QUIET)
         after = job.student.model.state_dict().values()
@@ -490,7 +488,7 @@ def test_auto_records_what_is_read_again(tmp_path: Path, monkeypatch: pytest.Mon
 
     def chosen(cache: str, needs: Needs = STATES, *, repeated: bool = True) -> str:
         settings = TeacherSettings(name="t", cache=cache)
-        found = choose(settings, live, tokens, needs, max_length=32, repeated=repeated, console=QUIET)
+        found = choose(settings, live, tokens, [needs], max_length=32, repeated=repeated, console=QUIET)
         return type(found).__name__
 
     assert chosen("auto", repeated=False) == "LiveTeacher"
@@ -517,7 +515,58 @@ def test_what_counts_padding_is_computed_live(tmp_path: Path) -> None:
     needs = STATES | Needs(padding=True)
     teacher = recorded_in(tmp_path / "t", make_live(), needs, console=Console(file=said, width=1000))
     assert {column.name for column in teacher.kept} == {"logits"}
-    assert "hidden_states.2, hidden_states.4 computed live: padding counts in them" in said.getvalue()
+    assert "hidden_states.2, hidden_states.4 computed live where padding counts in them" in said.getvalue()
+
+
+def test_a_stage_that_counts_padding_leaves_the_others_recorded(tmp_path: Path) -> None:
+    live = make_live()
+    counts_padding, other = STATES | Needs(padding=True), Needs(hidden_states=frozenset({2}))
+    teacher = recorded_in(tmp_path / "t", live, counts_padding, other)
+    assert {column.name for column in teacher.kept} == {"logits", "hidden_states.2"}
+    batch = make_batch(np.arange(16), ROWS, make_tokens(ROWS, live.encoder))
+    mask = batch.teacher.attention_mask
+    assert 0 < int(mask.sum()) < mask.numel()
+    read = teacher.read(batch, other)
+    assert read is not None and teacher.read(batch, counts_padding) is None
+    assert_same(read, live(batch, other), mask, other, rtol=0, atol=0)
+    # States on padding, which a recording holds as 0, are the model's.
+    found, want = teacher(batch, counts_padding), live(batch, counts_padding)
+    for index in (2, 4):
+        torch.testing.assert_close(found.hidden_states[index], want.hidden_states[index], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_and_disk_hold_what_was_budgeted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory() -> int:
+        """Return the bytes of this process that no file stands behind."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    live = LiveTeacher(make_encoder("bert", layers=4, width=192), device=torch.device("cpu"), bf16=False)
+    rows = make_rows(make_task(), 4000)
+    tokens = make_tokens(rows, live.encoder)
+    needs = Needs(hidden_states=frozenset({0, 1, 2, 3, 4}))
+    found: list[int] = []
+    write = Cache.write
+
+    def watched(*args: Any) -> None:
+        found.append(memory())
+        write(*args)
+
+    monkeypatch.setattr(Cache, "write", watched)
+    recorded_in(
+        tmp_path / "warm", live, needs, tokens=make_tokens(make_rows(make_task(), 600), live.encoder)
+    )
+    before, found[:] = memory(), []
+    most = 100 * 10**6
+    teacher = recorded_in(tmp_path / "t", live, needs, tokens=tokens, max_bytes=most, shard_bytes=2 * 2**20)
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "t").rglob("*") if file.is_file())
+    assert 0.6 * most < on_disk < 1.02 * most
+    # What the model computes and a few shards in the making, not the fifty shards on the disk.
+    assert max(found) - before < on_disk / 3
+    for batch in np.array_split(np.arange(len(rows)), 60):
+        teacher(make_batch(batch, rows, tokens), needs_of(teacher.kept))
+    assert memory() - before < on_disk / 3
 
 
 def test_padding_of_a_batch_is_not_part_of_a_row() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stillroom.data.batching import Batch
 from stillroom.data.tasks import Kind
-from stillroom.encoder import Needs, Outputs
+from stillroom.encoder import Needs, Outputs, sum_needs
 from stillroom.processes import Unit
 from stillroom.recipe import Settings
 
@@ -171,20 +171,20 @@ class Plan:
 
     def student_needs(self, stage: Stage) -> Needs:
         """Return what the stage's terms read of the student, on the rows as they are."""
-        return _sum_needs(self.terms[name].student_needs for name in stage.weights)
+        return sum_needs(self.terms[name].student_needs for name in stage.weights)
 
     def teacher_needs(self, stage: Stage) -> Needs:
         """Return what the stage's terms read of the teacher, on the rows as they are."""
-        return _sum_needs(self.terms[name].teacher_needs for name in stage.weights)
+        return sum_needs(self.terms[name].teacher_needs for name in stage.weights)
 
-    def all_teacher_needs(self) -> Needs:
-        """Return what the terms of all stages read of the teacher, on the rows as they are."""
-        return _sum_needs(self.terms[n].teacher_needs for stage in self.stages for n in stage.weights)
+    def teacher_needs_of_stages(self) -> list[Needs]:
+        """Return what the terms of each stage read of the teacher, on the rows as they are."""
+        return [self.teacher_needs(stage) for stage in self.stages]
 
     def augmented_needs(self, names: Iterable[str]) -> tuple[Needs, Needs]:
         """Return what terms read of student and teacher on augmented rows."""
         terms = [self.terms[name] for name in names]
-        return _sum_needs(t.student_needs for t in terms), _sum_needs(t.teacher_needs for t in terms)
+        return sum_needs(t.student_needs for t in terms), sum_needs(t.teacher_needs for t in terms)
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,3 @@ class Method:
     """As `build`, for text without labels: task-agnostic distillation, where the method has it."""
     masked_lm: bool = False
     """Whether logits in `pretrain` are those of a masked LM at hidden words, and labels these words."""
-
-
-def _sum_needs(needs: Any) -> Needs:
-    total = Needs()
-    for need in needs:
-        total = total | need
-    return total

@@ -77,17 +77,17 @@ def _recording(run: Run, report: Report) -> tuple[Path, int] | None:
     if run.teacher is None or run.recording is None:
         return None
     live = LiveTeacher(run.teacher, device=Accelerator().device, bf16=run.bf16)
-    needs = run.plan.all_teacher_needs()
-    cache = cache_of(run.recording, live, needs, max_length=run.max_length, repeated=run.repeated)
+    stages = run.plan.teacher_needs_of_stages()
+    cache = cache_of(run.recording, live, stages, max_length=run.max_length, repeated=run.repeated)
     if cache is None:
         return None
     # What is damaged is found when the run opens the cache; nothing is written here.
     cache.open(check=False)
     tokens = run.tokens.teacher["train"]
-    plan = planned(live, cache, tokens, keys_of(tokens), needs, max_bytes=run.recording.max_bytes)
+    plan = planned(live, cache, tokens, keys_of(tokens), stages, max_bytes=run.recording.max_bytes)
     report.found["recorded_teacher"] = {
         "recorded": [column.name for column in plan.kept],
-        "live": [column.name for column in plan.alive],
+        "live": sorted(column.name for column in {*plan.padded, *plan.too_large}),
         "new_mb": round(plan.more / 1e6, 1),
         "total_mb": round(plan.total / 1e6, 1),
         "folder": str(cache.folder),

@@ -5,11 +5,11 @@ from typing import Any
 from rich.console import Console
 
 from stillroom import methods, preflight
-from stillroom.encoder import Needs
 from stillroom.errors import WrongInput
 from stillroom.recipe import Recipe
 from stillroom.run.parts import Common, Parts
 from stillroom.teacher.cache import caches_folder
+from stillroom.teacher.recorded import columns_of
 
 
 def build(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def build(recipe: Recipe, *, console: Console | None = None) -> dict[str, Any]:
     if recipe.teacher.cache == "off":
         raise WrongInput("Expected a cache to build, found teacher.cache=off. Set it to auto or a folder.")
     parts = Parts.of(recipe, Common.load(recipe, console), console)
-    if parts.plan.all_teacher_needs() == Needs():
+    if not any(map(columns_of, parts.plan.teacher_needs_of_stages())):
         raise WrongInput(f"The method {recipe.method.name} reads nothing of a teacher: nothing to record.")
     preflight.check(parts.to_check(recipe, caches_folder(), repeated=True), console)
     return parts.chosen_teacher(recipe, parts.live_teacher(), console, repeated=True).served()

@@ -45,13 +45,13 @@ def label_augmented(
     live = LiveTeacher(teacher, device=Accelerator().device, bf16=bf16)
     if recipe.teacher is None:
         raise ValueError("a recipe without a teacher labels no rows")
-    needs, length = Needs(logits=True), recipe.dataset.max_length
-    ask = choose(recipe.teacher, live, rows, needs, max_length=length, repeated=True, console=console)
+    stages, length = [Needs(logits=True)], recipe.dataset.max_length
+    ask = choose(recipe.teacher, live, rows, stages, max_length=length, repeated=True, console=console)
     logits_NC = np.empty((count, dataset.task.outputs), dtype=np.float32)
     for index in sequential_batches(rows.lengths):
         inputs = pad(rows, index).to(Accelerator().device)
         batch = Batch(inputs, inputs, torch.empty(0), torch.from_numpy(index))
-        logits_NC[index] = ask(batch, needs).logits.cpu().numpy()
+        logits_NC[index] = ask(batch, stages[0]).logits.cpu().numpy()
     said = predictions(logits_NC, dataset.task.kind).astype(train.labels.dtype)
     labels = np.concatenate([train.labels[:first], said])
     return replace(dataset, splits={**dataset.splits, "train": replace(train, labels=labels)})

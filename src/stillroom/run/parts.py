@@ -227,16 +227,16 @@ class Parts:
 
         Soft labels of a file stand in for its logits.
         """
-        needs, soft_NC = self.plan.all_teacher_needs(), self.dataset.splits["train"].soft_labels
+        stages, soft_NC = self.plan.teacher_needs_of_stages(), self.dataset.splits["train"].soft_labels
         if soft_NC is not None:
-            needs = replace(needs, logits=False)
+            stages = [replace(needs, logits=False) for needs in stages]
         model = None
         if live is not None and recipe.teacher is not None:
             model = choose(
                 recipe.teacher,
                 live,
                 self.tokens.teacher["train"],
-                needs,
+                stages,
                 max_length=recipe.dataset.max_length,
                 repeated=_repeated(recipe, repeated),
                 console=console,

@@ -1,5 +1,6 @@
 """Which teacher a run learns from: the model itself, or a recording of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,14 +11,14 @@ from stillroom.recipe import TeacherSettings
 from stillroom.teacher import Teacher
 from stillroom.teacher.cache import Cache, Origin
 from stillroom.teacher.live import LiveTeacher
-from stillroom.teacher.recorded import record
+from stillroom.teacher.recorded import columns_of, record
 
 
 def choose(
     settings: TeacherSettings,
     live: LiveTeacher,
     tokens: TokenisedRows,
-    needs: Needs,
+    stages: Sequence[Needs],
     *,
     max_length: int,
     repeated: bool,
@@ -32,7 +33,7 @@ def choose(
         settings: The recipe's.
         live: The teacher.
         tokens: The training rows as the teacher tokenises them.
-        needs: What the terms of all stages read of it.
+        stages: What the terms of each stage read of it.
         max_length: The recipe's.
         repeated: Whether rows are read more than once, by several epochs or by several runs.
         console: Where progress goes.
@@ -41,17 +42,26 @@ def choose(
         WrongInput: If the folder that is named holds the cache of another teacher.
         RunFailed: If the disk is full.
     """
-    cache = cache_of(settings, live, needs, max_length=max_length, repeated=repeated)
+    cache = cache_of(settings, live, stages, max_length=max_length, repeated=repeated)
     if cache is None:
         return live
-    return record(live, cache, tokens, needs, max_bytes=settings.max_bytes, console=console)
+    return record(live, cache, tokens, stages, max_bytes=settings.max_bytes, console=console)
 
 
 def cache_of(
-    settings: TeacherSettings, live: LiveTeacher, needs: Needs, *, max_length: int, repeated: bool
+    settings: TeacherSettings,
+    live: LiveTeacher,
+    stages: Sequence[Needs],
+    *,
+    max_length: int,
+    repeated: bool,
 ) -> Cache | None:
     """Return the cache that the settings ask for, not opened yet, or None where all is computed live."""
-    if needs == Needs() or settings.cache == "off" or (settings.cache == "auto" and not repeated):
+    if (
+        not any(map(columns_of, stages))
+        or settings.cache == "off"
+        or (settings.cache == "auto" and not repeated)
+    ):
         return None
     origin = Origin.of(live.encoder, max_length=max_length, bf16=live.bf16)
     folder = origin.folder if settings.cache == "auto" else Path(settings.cache).expanduser()

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stillroom import durable
 from stillroom.data.batching import Batch, Inputs, pad, sequential_batches
 from stillroom.data.tokens import TokenisedRows
-from stillroom.encoder import Needs, Outputs
+from stillroom.encoder import Needs, Outputs, sum_needs
 from stillroom.errors import WrongInput
 from stillroom.teacher.cache import Cache, keys_of
 from stillroom.teacher.live import LiveTeacher
@@ -76,6 +76,11 @@ def columns_of(needs: Needs) -> list[Column]:
         else:
             found += [Column(name, index) for index in sorted(wanted)]
     return found
+
+
+def _recordable(needs: Needs) -> Needs:
+    """Return what of it belongs to rows alone. States where the padding counts belong to a batch."""
+    return Needs(logits=needs.logits) if needs.padding else needs
 
 
 def needs_of(columns: Iterable[Column]) -> Needs:
@@ -138,9 +143,9 @@ class RecordedTeacher:
         Raises:
             WrongInput: If a row is not of the split that was recorded.
         """
-        columns = columns_of(needs)
-        recorded = [column for column in columns if column in self.kept]
-        outputs = self._live(batch, needs_of(column for column in columns if column not in self.kept))
+        recorded = self._recorded(needs)
+        lacking = [column for column in columns_of(needs) if column not in recorded]
+        outputs = self._live(batch, needs_of(lacking))
         if not recorded:
             return outputs
         read = self._read(batch, recorded, outputs)
@@ -151,10 +156,14 @@ class RecordedTeacher:
 
         May be called from any thread. Raises `WrongInput` if a row is not of the split that was recorded.
         """
-        columns = columns_of(needs)
-        if not columns or not self.kept.issuperset(columns):
+        recorded = self._recorded(needs)
+        if not recorded or recorded != columns_of(needs):
             return None
-        return self._read(batch, columns, Outputs(torch.empty(0)))
+        return self._read(batch, recorded, Outputs(torch.empty(0)))
+
+    def _recorded(self, needs: Needs) -> list[Column]:
+        """Return which of the tensors that `needs` names are read back."""
+        return [column for column in columns_of(_recordable(needs)) if column in self.kept]
 
     def _read(self, batch: Batch, columns: Sequence[Column], outputs: Outputs) -> Outputs:
         """Return `outputs` with the recorded columns beside them."""
@@ -205,15 +214,15 @@ def record(
     live: LiveTeacher,
     cache: Cache,
     tokens: TokenisedRows,
-    needs: Needs,
+    stages: Sequence[Needs],
     *,
     max_bytes: int | None,
     console: Console,
     shard_bytes: int = _SHARD_BYTES,
 ) -> RecordedTeacher:
-    """Record what `needs` names for every row, as far as it fits, and return the teacher that reads it.
+    """Record what `stages` name for every row, as far as it fits, and return the teacher that reads it.
 
-    Where `needs` reads padding only logits are recorded: states there depend on the batch.
+    Of a stage that reads padding only logits are recorded: states there depend on the batch.
 
     Rows are computed in batches of one length, or nearly. A batch depends on the rows' content only,
     so a recording that was stopped goes on to the same bits.
@@ -222,7 +231,7 @@ def record(
         live: The teacher.
         cache: Where to keep it. Another process that records there is waited for.
         tokens: The rows, as the teacher tokenises them.
-        needs: What the terms of all stages read.
+        stages: What the terms of each stage read.
         max_bytes: Most bytes that the cache may take; None: 20 GB, or a tenth of the free disk if less.
         console: Where progress goes, and the line that says what is kept.
         shard_bytes: A shard is finished when it has as many.
@@ -234,11 +243,11 @@ def record(
     started = time.perf_counter()
     keys = keys_of(tokens)
     cache.open()
-    plan = planned(live, cache, tokens, keys, needs, max_bytes=max_bytes)
+    plan = planned(live, cache, tokens, keys, stages, max_bytes=max_bytes)
     if plan.lacking:
         with cache.writing(console):
             # Another process may have recorded it meanwhile.
-            plan = planned(live, cache, tokens, keys, needs, max_bytes=max_bytes)
+            plan = planned(live, cache, tokens, keys, stages, max_bytes=max_bytes)
             _announce(plan, cache, console)
             _record(live, cache, tokens, plan, shard_bytes, console)
             cache.open()
@@ -254,10 +263,10 @@ class Recording:
     rows: dict[bytes, int]
     """A position of each row, by key and in the order of keys."""
     kept: list[Column]
-    alive: list[Column]
-    """What is computed live."""
-    reason: str
-    """Why it is."""
+    padded: list[Column]
+    """What is computed live in a stage in which padding counts."""
+    too_large: list[Column]
+    """What is computed live because there is no room for it."""
     lacking: dict[Column, set[bytes]]
     """Which rows of which columns are not recorded yet."""
     more: int
@@ -271,7 +280,7 @@ def planned(
     cache: Cache,
     tokens: TokenisedRows,
     keys: Sequence[bytes],
-    needs: Needs,
+    stages: Sequence[Needs],
     *,
     max_bytes: int | None,
 ) -> Recording:
@@ -282,7 +291,7 @@ def planned(
         cache: Opened.
         tokens: The rows, as the teacher tokenises them.
         keys: Their keys.
-        needs: What the terms of all stages read.
+        stages: What the terms of each stage read.
         max_bytes: As for `record`.
     """
     position = {key: i for i, key in reversed(list(enumerate(keys)))}
@@ -293,7 +302,7 @@ def planned(
     kept: list[Column] = []
     lacking: dict[Column, set[bytes]] = {}
     before = total = cache.bytes
-    columns = columns_of(Needs(logits=needs.logits) if needs.padding else needs)
+    columns = columns_of(sum_needs(map(_recordable, stages)))
     for column, size in _sizes(live, tokens, index, columns).items():
         missing = set(cache.missing(column.name, list(rows)))
         more = int(sum(size[i] for i, key in enumerate(rows) if key in missing)) if missing else 0
@@ -302,9 +311,9 @@ def planned(
             kept.append(column)
             if missing:
                 lacking[column] = missing
-    alive = [column for column in columns_of(needs) if column not in kept]
-    reason = "padding counts in them" if needs.padding else "teacher.max_bytes allows no more"
-    return Recording(rows, kept, alive, reason, lacking, total - before, total)
+    padded = columns_of(replace(sum_needs(stage for stage in stages if stage.padding), logits=False))
+    too_large = [column for column in columns if column not in kept]
+    return Recording(rows, kept, padded, too_large, lacking, total - before, total)
 
 
 def default_budget(folder: Path) -> int:
@@ -443,12 +452,13 @@ def _sizes(
 
 
 def _announce(plan: Recording, cache: Cache, console: Console) -> None:
-    alive = [column.name for column in plan.alive]
-    console.print(
-        f"Teacher: {', '.join(column.name for column in plan.kept) or 'nothing'} recorded "
-        f"({plan.total / 1e6:,.1f} MB in {cache.folder})"
-        + (f"; {', '.join(alive)} computed live: {plan.reason}." if alive else "."),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    said = f"{_named(plan.kept) or 'nothing'} recorded ({plan.total / 1e6:,.1f} MB in {cache.folder})"
+    if plan.padded:
+        said += f"; {_named(plan.padded)} computed live where padding counts in them"
+    if plan.too_large:
+        said += f"; {_named(plan.too_large)} computed live: teacher.max_bytes allows no more"
+    console.print(f"Teacher: {said}.", markup=False, highlight=False, soft_wrap=True)
+
+
+def _named(columns: Sequence[Column]) -> str:
+    return ", ".join(column.name for column in columns)
