@@ -44,3 +44,17 @@ def test_a_table_that_a_decoder_shares_is_not_rounded_as_embeddings() -> None:
 
 def test_float32_rounds_nothing() -> None:
     assert _cpu(make_encoder(), bf16=False)._rounded == {}
+
+
+def test_a_gradient_passes_through_weights_that_a_recording_rounded() -> None:
+    encoder = make_encoder()
+    live = _cpu(encoder, bf16=True)
+    batch, needs = make_batch_of(make_rows(make_task(), 8), encoder), Needs(logits=True)
+    # As a recording computes it.
+    with torch.inference_mode():
+        want = live(batch, needs).logits
+    words = encoder.words.detach()[batch.teacher.input_ids].requires_grad_()
+    found = live.of_words(batch.teacher, needs, words)
+    assert torch.equal(found.logits, want)
+    found.logits.square().sum().backward()
+    assert words.grad is not None and words.grad.abs().sum() > 0

@@ -1,6 +1,7 @@
 """A compiled student computes and learns what the plain one does, or is refused with a reason."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,21 @@ def losses(job: Job) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend",
+    [
+        # Traced and differentiated ahead as for a compiler, but run by torch's own kernels.
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(not any(map(shutil.which, compiling._COMPILERS)), reason="no compiler"),
+        ),
+    ],
+)
 def test_a_compiled_run_learns_what_a_plain_one_learns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced and differentiated ahead as for a compiler, but run by torch's own kernels."""
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiling, "BACKEND", backend)
     settings: dict[str, Any] = {"epochs": 1, "options": {"switch": 0.5}, "checkpoint_every": 1000}
     plain = without_dropout(make_job(tmp_path / "plain", **settings))
     train(plain, QUIET)

@@ -24,7 +24,7 @@ def predict(encoder: Encoder, tokens: TokenisedRows, *, bf16: bool) -> np.ndarra
     device = next(encoder.parameters()).device
     logits = np.empty((len(tokens), encoder.config.num_labels), dtype=np.float32)
     encoder.eval()
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for rows in sequential_batches(tokens.lengths):
             found = encoder(pad(tokens, rows).to(device), Needs(logits=True))
             logits[rows] = found.logits.float().cpu().numpy()

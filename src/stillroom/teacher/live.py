@@ -86,7 +86,9 @@ class LiveTeacher:
     def _rounded(self) -> dict[str, Tensor]:
         """The weights that autocast would round, by name, rounded; none in float32."""
         layers = [(n, m) for n, m in self.encoder.named_modules() if type(m) is nn.Linear and self.bf16]
-        return {f"{n}.{key}": p.detach().bfloat16() for n, m in layers for key, p in m.named_parameters()}
+        # They outlive the call: a gradient to words may pass through them later.
+        with torch.inference_mode(False):
+            return {f"{n}.{key}": p.detach().bfloat16() for n, m in layers for key, p in m.named_parameters()}
 
     @property
     def _even(self) -> bool:

@@ -344,7 +344,9 @@ def _record(
             inputs = pad(tokens, index[batch])
             on_device = inputs.to(next(live.module.parameters()).device)
             labels = torch.empty(0)
-            outputs = live(Batch(on_device, on_device, labels, labels), needs)
+            # What a live step reads may be kept for a gradient; this is only written.
+            with torch.inference_mode():
+                outputs = live(Batch(on_device, on_device, labels, labels), needs)
             tensors = {column: _stored(column, column.of(outputs), bf16) for column in lacking}
             for row, columns in enumerate(wanted):
                 if columns:
