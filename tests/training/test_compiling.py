@@ -18,6 +18,7 @@ from tiny import make_batch_of, make_encoder, make_job, make_rows, make_task
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
+COMPILER = any(map(shutil.which, compiling._COMPILERS))
 
 
 def without_dropout(job: Job) -> Job:
@@ -41,7 +42,9 @@ def losses(job: Job) -> list[float]:
         "aot_eager",
         pytest.param(
             "inductor",
-            marks=pytest.mark.skipif(not any(map(shutil.which, compiling._COMPILERS)), reason="no compiler"),
+            marks=pytest.mark.skipif(
+                not any(map(shutil.which, compiling._COMPILERS)), reason="no compiler"
+            ),
         ),
     ],
 )

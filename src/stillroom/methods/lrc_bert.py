@@ -99,8 +99,8 @@ class CosNCE(Term):
             raise ValueError("COS-NCE needs at least two rows in a batch, found one")
         # Pooling and projecting are both linear, so pooled states, the short tensors, are projected.
         states, goals = self._read(student, self.student_layers), self._read(teacher, self.teacher_layers)
-        L = len(states)
-        projection = self.projection.expand(L, -1, -1)
+        # One matrix for all layers makes one product of them, not one a layer.
+        projection = self.projection[0] if len(self.projection) == 1 else self.projection
         states = project(states.flatten(1, -2), projection, bf16=self.bf16).view_as(goals)
         # Anchors are this process's rows, negatives all processes'.
         everyone = share.gather(goals, 1)

@@ -88,7 +88,9 @@ class LiveTeacher:
         layers = [(n, m) for n, m in self.encoder.named_modules() if type(m) is nn.Linear and self.bf16]
         # They outlive the call: a gradient to words may pass through them later.
         with torch.inference_mode(False):
-            return {f"{n}.{key}": p.detach().bfloat16() for n, m in layers for key, p in m.named_parameters()}
+            return {
+                f"{n}.{key}": p.detach().bfloat16() for n, m in layers for key, p in m.named_parameters()
+            }
 
     @property
     def _even(self) -> bool:

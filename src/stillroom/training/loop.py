@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 
 from stillroom import durable, processes
 from stillroom.data.batching import Batch, epoch_batches, make_batch
@@ -262,7 +262,9 @@ def _train(
                 norm = ascent.step(rate, share, max_norm=settings.max_grad_norm)
             else:
                 processes.sum_gradients(trainable)
-                norm = clip_grad_norm_(trainable, settings.max_grad_norm)
+                norm = get_total_norm([p.grad for p in trainable if p.grad is not None])
+                # The fused optimiser divides by it on its way, where clipping would be a pass of its own.
+                optimizer.optimizer.grad_scale = (norm / settings.max_grad_norm).clamp(min=1)
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = rate
                 optimizer.step()
