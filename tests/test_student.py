@@ -46,9 +46,29 @@ def test_sizes(text: str, size: Size) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["layers:1,2", "x312", "4x", "4x312x", "4 x 312", "-4x312", "4x31x1x9x1"])
-def test_no_sizes(text: str) -> None:
-    assert parse_size(text) is None
+CHECKPOINTS = "minilm-l6|org/4x312|org/4x312-name|4x312-name|./4x|/4x|4by312|layers"
+MISSPELT = "|x312|4x|4x312x|1x16x1x|4 x 312| 4x312|-4x312|4x31x1x9x1|4X312|4×312|4|2,4"
+MISSPELT += "|layers:|layers:a|layers:1,2,|layers:1, 2|layers=1,2|Layer:1|layers :1"
+
+
+@pytest.mark.parametrize("text", CHECKPOINTS.split("|"))
+def test_names_of_checkpoints_are_neither(text: str) -> None:
+    assert parse_size(text) is None and parse_layers(text) is None
+
+
+@pytest.mark.parametrize("text", MISSPELT.split("|"))
+def test_misspelt_sizes_and_layers_are_not_taken_for_checkpoints(text: str) -> None:
+    for parse in (parse_size, parse_layers, student.require_checkpoint):
+        with pytest.raises(WrongInput, match=rf"4x312.*layers:2,4,6.*found {re.escape(repr(text))}"):
+            parse(text)
+
+
+def test_a_folder_may_be_called_like_a_misspelt_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_encoder(tmp_path / "4x", width=24)
+    assert student.build("4x", make_encoder(layers=4), TASK, seed=0).width == 24
 
 
 @pytest.mark.parametrize(
@@ -69,7 +89,7 @@ def test_impossible_sizes_are_refused(text: str, match: str) -> None:
 def test_layers() -> None:
     assert parse_layers("layers:2,4,6") == (2, 4, 6)
     assert parse_layers("layers:12") == (12,)
-    assert parse_layers("layers:") is None and parse_layers("4x312") is None
+    assert parse_layers("4x312") is None and parse_size("layers:2,4,6") is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -190,7 +210,7 @@ def test_a_checkpoint_gets_the_tasks_head(tmp_path: Path) -> None:
     assert weights_hash(made.model) != weights_hash(other.model)
 
 
-@pytest.mark.parametrize("text", ["./no-such-student", "layers:a", "layers:", "4by312"])
+@pytest.mark.parametrize("text", ["./no-such-student", "layers:a", "4x", "4by312"])
 def test_what_is_no_student_is_refused(text: str) -> None:
     with pytest.raises(WrongInput, match=re.escape(text)):
         student.build(text, make_encoder(layers=4), TASK, seed=0)

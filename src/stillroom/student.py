@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from stillroom.ops.layer_map import resolve_layer_map
 
 _SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 _LAYERS = re.compile(r"layers:(\d+(?:,\d+)*)")
+# No hub id has a colon or an equals sign, or is made of these characters alone.
+_MEANT = re.compile(r"\s*layers?\s*[:=].*|[-+\d\s.,;:*x×]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,13 @@ class Size:
 
 
 def parse_size(text: str) -> Size | None:
-    """Return the size that `LxH`, `LxHxHEADS` or `LxHxHEADSxFFN` names, or None if it is none.
+    """Return the size that `LxH`, `LxHxHEADS` or `LxHxHEADSxFFN` names, or None for another student.
 
     312 means 12 heads and an FFN of 1200, as TinyBERT and LRC-BERT use; other widths have heads of
     64 (or the widest divisor below) and an FFN of four times the width.
 
     Raises:
-        WrongInput: If a number is zero or the heads do not divide the width.
+        WrongInput: If a number is zero, the heads do not divide the width, or a size is misspelt.
 
     Example:
         >>> parse_size("4x312")
@@ -43,6 +46,7 @@ def parse_size(text: str) -> Size | None:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
+        _refuse_misspelt(text)
         return None
     layers, width = int(match[1]), int(match[2])
     if not layers or not width:
@@ -59,9 +63,26 @@ def parse_size(text: str) -> Size | None:
 
 
 def parse_layers(text: str) -> tuple[int, ...] | None:
-    """Return the teacher layers (from 1) that `layers:2,4,6` names, or None if it names none."""
+    """Return the teacher layers (from 1) that `layers:2,4,6` names, or None for another student.
+
+    Raises:
+        WrongInput: If layers are misspelt.
+    """
     match = _LAYERS.fullmatch(text)
-    return None if match is None else tuple(int(part) for part in match[1].split(","))
+    if match is None:
+        _refuse_misspelt(text)
+        return None
+    return tuple(int(part) for part in match[1].split(","))
+
+
+def _refuse_misspelt(text: str) -> None:
+    """Raise `WrongInput` if a description is meant as a size or as layers, and is neither."""
+    spelt = _SIZE.fullmatch(text) or _LAYERS.fullmatch(text)
+    if _MEANT.fullmatch(text) and not spelt and not (text and Path(text).is_dir()):
+        raise WrongInput(
+            "Expected a student's size (LxH, LxHxHEADS or LxHxHEADSxFFN, such as 4x312), layers of its "
+            f"teacher (such as layers:2,4,6), or a checkpoint, found {text!r}. Write it as one of these."
+        )
 
 
 def require_checkpoint(text: str) -> None:
