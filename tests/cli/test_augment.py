@@ -109,6 +109,19 @@ def test_generator_needs_text_of_one_kind(workspace: Workspace, tmp_path: Path) 
         assert "one of the two" in call("generator", *given, "-o", tmp_path / "g", code=2).stderr
 
 
+def test_generator_cuts_rows_as_either_option_says(workspace: Workspace, tmp_path: Path) -> None:
+    command = ("generator", "--model", workspace.encoder, "--dataset", workspace.data, "--epochs", 1)
+
+    def loss(name: str, *options: Any) -> Any:
+        found = call(*command, "-o", tmp_path / name, *options, "--json").stdout
+        return json.loads(found)["loss"]["before"]
+
+    cut, short = ("--set", "dataset.max_length=8"), ("--max-length", 8)
+    assert loss("a") != loss("b", *cut) == loss("c", *short)
+    assert "leave one out" in call(*command, "-o", tmp_path / "d", *cut, *short, code=2).stderr
+    assert not (tmp_path / "d").exists()
+
+
 def test_generator_reads_text_files(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the film was good\n" * 60)
     command = (

@@ -65,8 +65,6 @@ def test_wrong_input_ends_with_code_2(workspace: Workspace, tmp_path: Path) -> N
         result = run(*command, "--threads", "1", "--json", code=2)
         assert json.loads(result.stdout)["error"]
     assert "whole numbers" in run("bench", workspace.teacher, "--threads", "two", code=2).stderr
-    assert (
-        "not both"
-        in run("bench", workspace.teacher, "--length", "8", "--dataset", "builtin/verdicts", code=2).stderr
-    )
+    for named in (("--dataset", "builtin/verdicts"), ("--set", "dataset.name=builtin/verdicts")):
+        assert "not both" in run("bench", workspace.teacher, "--length", "8", *named, code=2).stderr
     assert not (tmp_path / "out").exists()

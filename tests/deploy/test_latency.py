@@ -1,7 +1,9 @@
 """Measuring side by side: what is measured, in which order, and what a process of its own tells."""
 
+import contextlib
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 
 from exports import QUIET, Exported
 from stillroom import RunFailed, WrongInput, bench
-from stillroom.deploy import forms, latency
+from stillroom.deploy import forms, latency, worker
+from stillroom.recipe import DatasetSettings
 
 
 class FakeWorker:
@@ -58,6 +61,36 @@ def test_batches_of_data_hold_every_row_at_most_once_and_spread() -> None:
     assert len(batches) == latency.TURNS and all(len(batch) == 5 for batch in batches)
     rows = [int(text) for batch in batches for (text,) in batch]
     assert len(set(rows)) == 100 and min(rows) == 0 and max(rows) == 999
+
+
+@pytest.mark.parametrize(("dataset", "most"), [({"max_length": 8}, 8), ({}, 128), (None, None)])
+def test_rows_of_data_are_cut_to_its_length(
+    dataset: dict[str, int] | None, most: int | None, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that reads 512 tokens would be measured on longer rows than its student's export."""
+    asked: list[int | None] = []
+
+    @contextlib.contextmanager
+    def ready(model: str, form: str | None, threads: int, max_length: int | None) -> Iterator[Any]:
+        asked.append(max_length)
+        made: Any = FakeWorker(model, 0.1, [])
+        made.loaded = {"form": "onnx", "precision": "float32"}
+        made.ask = lambda request: {"peak_bytes": 1, "seconds": [0.1]}
+        yield made
+
+    monkeypatch.setattr(latency, "_worker", ready)
+    data = None if dataset is None else DatasetSettings(name=str(exported.data), **dataset)
+    bench([exported.model], threads=[1], batches=[1], dataset=data, console=QUIET)
+    assert asked == [most]
+
+
+def test_a_worker_cuts_texts_as_it_was_told(exported: Exported) -> None:
+    for most, length in ((8, 8), (None, 66)):
+        one = worker._Worker()
+        place = {"model": str(exported.folder), "form": "onnx", "threads": 1}
+        one.answer({"load": {**place, "max_length": most}})
+        one.answer({"texts": [[["good film " * 100]]]})
+        assert one.batches[0]["input_ids"].shape == (1, length)
 
 
 @pytest.mark.slow

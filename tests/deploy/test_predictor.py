@@ -37,6 +37,17 @@ def test_long_texts_are_cut_and_no_texts_are_no_rows(exported: Exported) -> None
     assert predictor.logits([]).shape == (0, 2)
 
 
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_texts_can_be_cut_shorter_but_not_longer_than_the_model_reads(
+    exported: Exported, form: str
+) -> None:
+    predictor = Predictor.load(exported.folder, form, threads=1)
+    for most, length in ((1000, 66), (8, 8)):
+        predictor.cut_to(most)
+        (row,) = predictor.encode(["good film " * 100])
+        assert len(row.ids) == predictor.max_length == length and row.ids[-1] == 3
+
+
 def test_a_run_means_its_export_and_a_folder_its_model(exported: Exported, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

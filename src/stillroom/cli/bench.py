@@ -40,14 +40,15 @@ def bench(
     """Measure milliseconds, rows per second, memory and size of models, as ratios to the first.
 
     Each model runs in a process of its own, in every number of threads, batch size and length. The models
-    take turns. Loading and tokenising are not timed. --dataset measures on rows of a validation split
-    instead of random tokens.
+    take turns. Loading and tokenising are not timed. --dataset measures on rows of a validation split,
+    cut to dataset.max_length (128), instead of random tokens.
     """
 
     def work(console: Console) -> dict[str, Any]:
         from stillroom.deploy.latency import bench
 
-        if dataset is not None and length is not None:
+        data = frame.dataset_settings(dataset, data_dir, given)
+        if data is not None and length is not None:
             raise WrongInput(
                 "Rows of a data set have their own lengths: give --length or --dataset, not both."
             )
@@ -56,7 +57,7 @@ def bench(
             threads=frame.numbers("--threads", threads),
             batches=frame.numbers("--batch", batch),
             lengths=frame.numbers("--length", length or "16,32,128"),
-            dataset=frame.dataset_settings(dataset, data_dir, given),
+            dataset=data,
             console=console,
         )
 

@@ -48,11 +48,15 @@ def generator(
         int, typer.Option(min=2, metavar="N", help="Texts in a batch.", rich_help_panel=frame.RUN)
     ] = 32,
     max_length: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=8, metavar="N", help="Texts are cut to so many tokens.", rich_help_panel=frame.RUN
+            min=8,
+            metavar="N",
+            help="Texts are cut to so many tokens. Default: dataset.max_length, 128.",
+            show_default=False,
+            rich_help_panel=frame.RUN,
         ),
-    ] = 128,
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, metavar="N", help="Seed of the run.", rich_help_panel=frame.RUN)
     ] = 0,
@@ -68,10 +72,15 @@ def generator(
         from stillroom.run.generator import make, read_texts, rows_of
         from stillroom.training.masked_lm import Settings
 
-        settings = Settings(epochs, learning_rate, batch_size, max_length, seed)
         data = frame.dataset_settings(dataset, data_dir, given)
         if bool(text) == (data is not None):
             raise WrongInput("Expected text to train on: give --text FILE or --dataset D, one of the two.")
+        if max_length is not None and data is not None and "max_length" in data.model_fields_set:
+            raise WrongInput(
+                "Expected one length, found --max-length and dataset.max_length: leave one out."
+            )
+        most = max_length or (Settings.max_length if data is None else data.max_length)
+        settings = Settings(epochs, learning_rate, batch_size, most, seed)
         rows = read_texts(text) if text else rows_of(data)
         return make(model, rows, output, settings, console)
 

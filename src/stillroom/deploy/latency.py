@@ -53,7 +53,8 @@ def bench(
         threads: How many the model computes with.
         batches: Rows that are computed at once.
         lengths: Tokens in each row, drawn at random, without padding.
-        dataset: Rows of its validation split in place of `lengths`, padded to the longest of their batch.
+        dataset: Rows of its validation split in place of `lengths`, cut to its `max_length` and padded to
+            the longest of their batch.
         console: Where progress goes; standard error by default.
 
     Returns:
@@ -75,7 +76,8 @@ def bench(
     sides = [side for model in models for side in _sides(str(model))]
     if not sides:
         raise WrongInput("Expected at least one model to measure, found none.")
-    texts = None if dataset is None else _texts(dataset)
+    data = DatasetSettings(name=dataset) if isinstance(dataset, str) else dataset
+    texts, most = (None, None) if data is None else (_texts(data), data.max_length)
     cells: list[tuple[int, int | None]] = [
         (batch, length) for batch in batches for length in (lengths if texts is None else [None])
     ]
@@ -85,7 +87,7 @@ def bench(
         task = progress.add_task("Measuring", total=len(threads) * len(cells) * TURNS)
         for count in threads:
             with contextlib.ExitStack() as stack:
-                workers = [stack.enter_context(_worker(*side, count)) for side in sides]
+                workers = [stack.enter_context(_worker(*side, count, most)) for side in sides]
                 for worker, entry in zip(workers, entries, strict=True):
                     entry |= {key: worker.loaded[key] for key in ("form", "precision")}
                 for batch, length in cells:
@@ -108,7 +110,7 @@ def bench(
         entry["bytes"] = _bytes(model, form)
         entry["smaller"] = entries[0]["bytes"] / entry["bytes"]
     return {
-        "dataset": dataset if dataset is None or isinstance(dataset, str) else dataset.name,
+        "dataset": None if data is None else data.name,
         "models": entries,
         "times": times,
         "environment": environment(bf16=False),
@@ -134,8 +136,7 @@ def _bytes(model: str, form: str | None) -> int:
     return cost.bytes_of_weights(model)
 
 
-def _texts(dataset: DatasetSettings | str) -> list[tuple[str, ...]]:
-    settings = DatasetSettings(name=dataset) if isinstance(dataset, str) else dataset
+def _texts(settings: DatasetSettings) -> list[tuple[str, ...]]:
     rows = sources.load(settings, splits=("validation",)).split("validation")
     return list(zip(*rows.texts, strict=True))
 
@@ -200,8 +201,8 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _worker(model: str, form: str | None, threads: int) -> Iterator[_Worker]:
-    """Yield a process that has loaded a model; it ends with the block."""
+def _worker(model: str, form: str | None, threads: int, max_length: int | None = None) -> Iterator[_Worker]:
+    """Yield a process that has loaded a model, which cuts texts to `max_length`; it ends with the block."""
     variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "stillroom.deploy.worker"]
     with subprocess.Popen(
@@ -214,7 +215,8 @@ def _worker(model: str, form: str | None, threads: int) -> Iterator[_Worker]:
     ) as process:
         try:
             worker = _Worker(process, model)
-            worker.loaded = worker.ask({"load": {"model": model, "form": form, "threads": threads}})
+            given = {"model": model, "form": form, "threads": threads, "max_length": max_length}
+            worker.loaded = worker.ask({"load": given})
             yield worker
         finally:
             # Popen's own exit would wait for a process that computes or waits for more.

@@ -302,6 +302,11 @@ class Predictor:
         """Number of ids that the tokenizer can make."""
         return int(self._tokenizer.get_vocab_size())
 
+    def cut_to(self, most: int) -> None:
+        """Cut texts to this many tokens from here on, where the model reads more."""
+        self.max_length = min(self.max_length, most)
+        _cut(self._tokenizer, self.max_length)
+
     def encode(self, texts: Texts) -> list[Any]:
         """Return the tokens of texts as `tokenizers` gives them, cut to `max_length`, unpadded."""
         return list(self._tokenizer.encode_batch_fast(list(texts)))
@@ -344,10 +349,14 @@ def _read_tokenizer(path: Path, max_length: int) -> Tokenizer:
             f"{path} cannot be read as a tokenizer: {_first_line(error)} Copy or export the model again."
         ) from None
     tokenizer.no_padding()
-    # Its own direction is kept.
+    _cut(tokenizer, max_length)
+    return tokenizer
+
+
+def _cut(tokenizer: Tokenizer, max_length: int) -> None:
+    """Cut to `max_length` in the tokenizer's own direction."""
     direction = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.enable_truncation(max_length, direction=direction)
-    return tokenizer
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 Reads one JSON object per line from standard input and answers each with one on standard output:
 
-- `{"load": {"model", "form", "threads"}}` -> `{"form", "precision", "seconds"}`
+- `{"load": {"model", "form", "threads", "max_length"}}` -> `{"form", "precision", "seconds"}`
 - `{"tokens": {"batch", "length"}}` or `{"texts": [batch, ...]}` -> `{"batches": how many}`
 - `{"time": {"batch": index, "repeats": n}}` -> `{"seconds": [...]}`, after one run that does not count
 - `{"memory": true}` -> `{"peak_bytes"}`
@@ -40,6 +40,8 @@ class _Worker:
             start = time.perf_counter()
             self.predictor = Predictor.load(given["model"], given["form"], threads=given["threads"])
             seconds = time.perf_counter() - start
+            if given["max_length"] is not None:
+                self.predictor.cut_to(given["max_length"])
             int8 = "int8" in self.predictor.form
             precision = "int8" if int8 else self.predictor.session.precision
             return {"form": self.predictor.form, "precision": precision, "seconds": seconds}
