@@ -13,6 +13,7 @@ from workspace import FAST, Workspace
 
 from stillroom.cli import app
 from stillroom.evaluation.predictions import load
+from tiny import make_generator, make_tokenizer
 
 
 def call(*command: Any, code: int = 0) -> Any:
@@ -61,6 +62,25 @@ def test_a_checkpoint_learns_from_a_file_alone(workspace: Workspace, tmp_path: P
     card = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "from soft labels of a file, by the method kd" in card
     assert "Next: stillroom evaluate" in text
+
+
+def test_augmented_rows_of_a_run_without_a_teacher_show_the_student_alone(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "data", workspace)
+    options = ("--student", workspace.encoder, "--method", "kd", "--set", "training.epochs=1")
+    distil(data, tmp_path / "run", *options)
+    make_generator().save(tmp_path / "generator")
+    command = ("augment", tmp_path / "run", "--generator", tmp_path / "generator", "--rows", 3)
+    assert "teacher" not in call(*command).stdout
+    rows = json.loads(call(*command, "--json").stdout)["rows"]
+    assert len(rows) == 3 and all("student" in row and "teacher" not in row for row in rows)
+    other = make_generator()
+    other.tokenizer = make_tokenizer(types=True, extra_words=("zebra",))
+    other.model.resize_token_embeddings(len(other.tokenizer))
+    other.save(tmp_path / "other")
+    said = " ".join(call(*command[:2], "--generator", tmp_path / "other", code=2).stderr.split())
+    assert "'zebra'" in said and "trained with the student's tokenizer" in said and "teacher" not in said
 
 
 def test_beside_a_teacher_they_stand_in_for_its_logits(workspace: Workspace, tmp_path: Path) -> None:

@@ -102,10 +102,10 @@ def augment(
 ) -> None:
     """Replace words of rows: show it, or write augmented rows to a file to train on.
 
-    Method generator shows rows as a generator rewrites them: text, mask, new words, and what both models
-    say. A run's generator is that of its newest checkpoint: where it learnt to make student and teacher
-    differ, the rows show how. Method tinybert draws words from a masked language model, word vectors or
-    synonyms.
+    Method generator shows rows as a generator rewrites them: text, mask, new words, and what teacher and
+    student say; without a teacher, the student alone. A run's generator is that of its newest checkpoint:
+    where it learnt to make student and teacher differ, the rows show how. Method tinybert draws words from
+    a masked language model, word vectors or synonyms.
     """
 
     def by_generator(console: Console) -> dict[str, Any]:
@@ -201,13 +201,14 @@ def _show_copies(found: dict[str, Any]) -> None:
 
 def _show(found: dict[str, Any]) -> None:
     writer = found["generator"]
+    models = [who for who in ("teacher", "student") if who in found["rows"][0]]
     table = frame.table(
-        {"row": "right", **dict.fromkeys(("masked", "words", "teacher", "student"), "left")},
+        {"row": "right", **dict.fromkeys(("masked", "words", *models), "left")},
         title=f"{found['dataset']} {found['split']}, {writer['name']} after {writer['step']} steps",
     )
     for row in found["rows"]:
         words = ", ".join(f"{word['old']} -> {word['new']}" for word in row["words"]) or "-"
-        said = (_said(row[who], found["kind"]) for who in ("teacher", "student"))
+        said = (_said(row[who], found["kind"]) for who in models)
         table.add_row(str(row["row"]), escape(row["masked"]), escape(words), *said)
     frame.show(table)
 

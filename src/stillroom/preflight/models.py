@@ -235,23 +235,28 @@ def perturbation(run: Run, report: Report) -> None:
 
 def augmentation(run: Run, report: Report) -> None:
     """Generator, teacher and student have one vocabulary, read the same tokens, and take embeddings."""
-    if run.plan.augmentation is None or run.generator is None or run.teacher is None:
+    if run.plan.augmentation is None or run.generator is None:
         return
     name, ours = run.plan.augmentation.generator, run.student.tokenizer.get_vocab()
-    for who, other in (("generator", run.generator), ("teacher", run.teacher)):
+    beside: list[tuple[str, Any]] = [("generator", run.generator)]
+    readers, remedy = "the student, so both", "a generator that was trained with the student's tokenizer"
+    if run.teacher is not None:
+        beside.append(("teacher", run.teacher))
+        readers = "teacher and student, so all three"
+        remedy = "a student with the teacher's tokenizer and a generator that was trained with it"
+    for who, other in beside:
         theirs = other.tokenizer.get_vocab()
         differ = sorted(word for word in ours.keys() | theirs.keys() if ours.get(word) != theirs.get(word))
         if differ:
             report.error(
-                f"The words that the generator {name} writes are read by teacher and student, so all "
-                f"three need one vocabulary: the student's has {len(ours)} tokens, the {who}'s "
-                f"{len(theirs)}, and {len(differ)} differ, such as {differ[0]!r}. Use a student with the "
-                "teacher's tokenizer and a generator that was trained with it: "
-                f"{REMEDY.format(model='ENCODER')}."
+                f"The words that the generator {name} writes are read by {readers} need one vocabulary: "
+                f"the student's has {len(ours)} tokens, the {who}'s {len(theirs)}, and {len(differ)} "
+                f"differ, such as {differ[0]!r}. Use {remedy}: {REMEDY.format(model='ENCODER')}."
             )
             return
     tokens, others = run.tokens.student["train"], run.tokens.teacher["train"]
-    if not np.array_equal(tokens.lengths, others.lengths) or not np.array_equal(tokens.ids, others.ids):
+    alike = np.array_equal(tokens.lengths, others.lengths) and np.array_equal(tokens.ids, others.ids)
+    if run.teacher is not None and not alike:
         report.error(
             "Student and teacher have one vocabulary, but cut the texts of train differently. Set "
             f"dataset.max_length={min(run.student.positions, run.teacher.positions)}, or use a student "

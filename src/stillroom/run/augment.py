@@ -74,8 +74,8 @@ def augment(
 
     Returns:
         `rows`, each with `original`, `masked`, `augmented`, `words` (old and new), and the
-        probabilities (regression: the score) of `teacher` and `student` on both texts; `generator` with
-        the step its weights come from.
+        probabilities (regression: the score) of `teacher` and `student` on both texts, of the student
+        alone where soft labels of a file taught it; `generator` with the step its weights come from.
 
     Raises:
         WrongInput: If models and data do not go together.
@@ -104,12 +104,12 @@ def augment(
     augmenter.generator.eval()
     with torch.no_grad():
         changed = augmenter.rewrite(batch, positions)
+        models = [("student", parts.student, (batch.student, changed.student))]
+        if parts.teaches:
+            models.insert(0, ("teacher", parts.teacher, (batch.teacher, changed.teacher)))
         says = {
             who: [_says(model(inputs, Needs(logits=True)).logits, common.dataset.task) for inputs in texts]
-            for who, model, texts in (
-                ("teacher", parts.teacher, (batch.teacher, changed.teacher)),
-                ("student", parts.student, (batch.student, changed.student)),
-            )
+            for who, model, texts in models
         }
     tokenizer = parts.student.tokenizer
     masked = torch.zeros_like(batch.student.input_ids)
