@@ -258,7 +258,12 @@ def test_what_method_tinybert_is_not_for(workspace: Workspace, run: Path, tmp_pa
     assert "who proposes words" in replace(workspace, tmp_path / "a.parquet", code=2).stderr
     assert "leave out RUN" in replace(workspace, tmp_path / "a.parquet", run, code=2).stderr
     assert ".parquet" in replace(workspace, tmp_path / "a.csv", code=2).stderr
-    assert "--method tinybert" in call("augment", run, "-o", tmp_path / "a.parquet", code=2).stderr
+    for option in ("--output", "--copies", "--candidates", "--probability", "--vectors", "--synonyms"):
+        said = call("augment", run, option, 1, code=2).stderr
+        assert f"reads no {option}: add --method tinybert" in said
+    for option, value in (("--rows", 8), ("--split", "validation")):
+        said = replace(workspace, tmp_path / "a.parquet", option, value, code=2).stderr
+        assert f"leave out {option} {value}" in said
     assert "give --dataset" in call("augment", "--method", "tinybert", code=2).stderr
     assert list(tmp_path.iterdir()) == []
 

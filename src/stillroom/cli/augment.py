@@ -21,6 +21,7 @@ EXAMPLES = frame.examples(
 )
 WITHOUT = "Method generator without a run"
 TINYBERT = "Method tinybert"
+_ROWS = 8
 
 
 def augment(
@@ -39,7 +40,10 @@ def augment(
         str | None,
         typer.Option(metavar="DIR", help="A masked language model, in place of the run's own."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, metavar="N", help="How many rows to show.")] = 8,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="How many rows to show. Default: 8.", show_default=False),
+    ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Where they come from.")] = "train",
     draw: Annotated[int, typer.Option(min=0, metavar="N", help="Another number draws other words.")] = 0,
     output: Annotated[
@@ -64,15 +68,26 @@ def augment(
         ),
     ] = None,
     candidates: Annotated[
-        int,
+        int | None,
         typer.Option(
-            metavar="K", min=1, help="Words that one is drawn from for each word.", rich_help_panel=TINYBERT
+            metavar="K",
+            min=1,
+            help="Words that one is drawn from for each word. Default: 15.",
+            show_default=False,
+            rich_help_panel=TINYBERT,
         ),
-    ] = 15,
+    ] = None,
     probability: Annotated[
-        float,
-        typer.Option(metavar="P", min=0, max=1, help="Of replacing each word.", rich_help_panel=TINYBERT),
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            metavar="P",
+            min=0,
+            max=1,
+            help="Of replacing each word. Default: 0.4.",
+            show_default=False,
+            rich_help_panel=TINYBERT,
+        ),
+    ] = None,
     vectors: Annotated[
         Path | None,
         typer.Option(
@@ -107,18 +122,23 @@ def augment(
     where it learnt to make student and teacher differ, the rows show how. Method tinybert draws words from
     a masked language model, word vectors or synonyms.
     """
+    of_tinybert = {
+        "copies": copies,
+        "candidates": candidates,
+        "probability": probability,
+        "vectors": vectors,
+        "synonyms": synonyms,
+    }
+    replacement = {name: value for name, value in of_tinybert.items() if value is not None}
 
     def by_generator(console: Console) -> dict[str, Any]:
         from stillroom.run.augment import augment, recipe_of
 
-        for name, value in {
-            "--output": output,
-            "--copies": copies,
-            "--vectors": vectors,
-            "--synonyms": synonyms,
-        }.items():
-            if value is not None:
-                raise WrongInput(f"{name} is of another method: add --method tinybert, or leave it out.")
+        wrong = [*([] if output is None else ["--output"]), *(f"--{name}" for name in replacement)]
+        if wrong:
+            raise WrongInput(
+                f"Method generator reads no {', '.join(wrong)}: add --method tinybert, or leave that out."
+            )
         named = {"--teacher": teacher, "--student": student, "--dataset": dataset}
         if run is not None and any(named.values()):
             beside = ", ".join(name for name, value in named.items() if value)
@@ -135,7 +155,7 @@ def augment(
             dataset=dataset,
         )
         own = None if generator else run
-        return augment(recipe, folder=own, split=split, rows=rows, draw=draw, console=console)
+        return augment(recipe, folder=own, split=split, rows=rows or _ROWS, draw=draw, console=console)
 
     def by_words(console: Console) -> dict[str, Any]:
         from stillroom.recipe import validate
@@ -151,20 +171,15 @@ def augment(
         data = frame.dataset_settings(dataset, data_dir, given)
         if dataset is None:
             raise WrongInput("Expected rows to augment: give --dataset.")
-        values = {
-            "generator": generator,
-            "vectors": vectors,
-            "synonyms": synonyms,
-            "copies": copies,
-            "candidates": candidates,
-            "probability": probability,
-            "draw": draw,
-        }
-        how = validate(Replacement, values)
+        how = validate(Replacement, {"generator": generator, "draw": draw, **replacement})
         if output is None:
-            return show(data, how, split=split, rows=rows, console=console)
+            return show(data, how, split=split, rows=rows or _ROWS, console=console)
         if split != "train":
             raise WrongInput(f"Training rows are augmented: leave out --split {split}.")
+        if rows is not None:
+            raise WrongInput(
+                f"Every training row is augmented: leave out --rows {rows}, or --output to look."
+            )
         return write(data, how, output, console=console)
 
     found = frame.execute(
