@@ -317,6 +317,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(workspace: Workspace,
     )
     stderr = run(*command(workspace, folder, *more, seeds=1), code=1).stderr
     assert "1 of 2 runs are not done" in stderr and "layers-2-4/none/0: Training stopped at step" in stderr
+    assert "The same command tries them again." in stderr
     found = json.loads((folder / "compare.json").read_text())
     assert list(found["students"]["layers:2,4"]["methods"]) == [VARIANT]
 
@@ -337,6 +338,8 @@ def test_without_workers_only_what_is_done_is_compared(
     shutil.rmtree(runs[-1])
     stderr = run(*command(workspace, folder, "--workers", "0"), code=1).stderr
     assert f"1 of {len(runs)} runs are not done" in stderr
+    assert "give --workers 1 or more" in stderr and "same command" not in stderr
+    assert stderr.rstrip().endswith(": not done yet")
     found = json.loads((folder / "compare.json").read_text())["students"]["layers:2,4"]["methods"]
     assert sum(len(one["seeds"]) for one in found.values()) == len(runs) - 1
     assert not runs[-1].exists()

@@ -139,10 +139,15 @@ def compare(
     missing = here.handout.missing()
     if missing:
         errors = here.handout.errors()
-        lines = [f"{name}: {errors.get(name, 'stopped')}" for name in missing]
+        lines = [
+            f"{name}: {errors.get(name, 'stopped' if workers else 'not done yet')}" for name in missing
+        ]
+        remedy = "The same command tries them again."
+        if not workers:
+            remedy = "With --workers 0 none is trained: give --workers 1 or more."
         raise RunFailed(
             f"{len(missing)} of {len(here.runs)} runs are not done; the others are in {folder / RESULTS}. "
-            "The same command tries them again.\n" + "\n".join(lines)
+            f"{remedy}\n" + "\n".join(lines)
         )
     return found
 
