@@ -429,7 +429,7 @@ def figure(one: dict[str, Any], metric: str) -> dict[str, Any]:
         "seeds": one["seeds"],
         "mean": one["mean"][metric],
         "spread": (one["standard_deviation"] or {}).get(metric),
-        "retained": one["retained"],
+        "kept": one["kept"],
         "against_control": one.get("against_control", {}).get(metric),
         "out_of_domain": one["out_of_domain"],
         "seconds": one["seconds"],
@@ -503,7 +503,8 @@ def heads_of(tasks: dict) -> list[str]:
 
 def row(name: str, students: Sequence[dict | None]) -> list[str]:
     """Return the cells of a method: each task, and the mean share of the teacher kept."""
-    kept = [student["retained"] for student in students if student is not None]
+    # Figures of before have it as `retained`.
+    kept = [one["kept"] if "kept" in one else one["retained"] for one in students if one is not None]
     share = f"{100 * sum(kept) / len(kept):.1f} %" if kept and len(kept) == len(students) else "-"
     return [name, *map(cell, students), share]
 

@@ -86,14 +86,14 @@ def test_distill_prints_its_metrics_as_one_object(distilled: tuple[Path, Any]) -
     folder, result = distilled
     found = json.loads(result.stdout)
     assert found == json.loads((folder / "metrics.json").read_text())
-    assert {"teacher", "student", "control", "retained", "train", "environment"} <= found.keys()
+    assert {"teacher", "student", "control", "kept", "train", "environment"} <= found.keys()
     for name in ("teacher", "student", "control"):
         assert found[name].keys() == COSTS | {"metrics"}
         assert found[name]["ms_per_example"] > 0
     assert found["train"].keys() == TRAIN
     assert found["train"]["examples"] == 240 and found["train"]["steps"] == 15
     share = found["student"]["metrics"]["accuracy"] / found["teacher"]["metrics"]["accuracy"]
-    assert found["retained"] == pytest.approx(share)
+    assert found["kept"] == pytest.approx(share)
     assert found["student"]["parameters"] < found["teacher"]["parameters"]
     assert found["student"]["parameters"] == found["control"]["parameters"]
 

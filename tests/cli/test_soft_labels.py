@@ -50,7 +50,7 @@ def test_a_checkpoint_learns_from_a_file_alone(workspace: Workspace, tmp_path: P
     text = distil(data, tmp_path / "run", *options).stdout
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert found["student"]["metrics"]["accuracy"] > 0.9
-    assert "teacher" not in found and found["retained"] is None
+    assert "teacher" not in found and found["kept"] is None
     assert found["train"]["teacher"]["given"] == ["logits"]
     assert set(load(tmp_path / "run" / "predictions.parquet").logits) == {"student"}
     # Soft labels of 0.9 and 0.8 are what the student comes to say, and not certainty.

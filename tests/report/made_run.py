@@ -126,7 +126,7 @@ def make_run(
 def make_comparison(folder: Path, *, whole: bool = True) -> Path:
     """Write a comparison's folder: two methods, two seeds; `whole` with logs, settings and machine."""
     result = {"seeds": {"0": {"accuracy": 0.8}, "1": {"accuracy": 0.9}}, "mean": {"accuracy": 0.85}}
-    result |= {"standard_deviation": {"accuracy": 0.07}, "retained": 0.944, "seconds": 10.0}
+    result |= {"standard_deviation": {"accuracy": 0.07}, "kept": 0.944, "seconds": 10.0}
     against = {"accuracy": {"value": 0.02, "low": -0.01, "high": 0.05}}
     costs = {"parameters": 1_000_000, "ms_per_example": 2.0}
     kd = {**result, "mean": {"accuracy": 0.87}, "against_control": against}

@@ -229,7 +229,7 @@ def _show(found: dict[str, Any], folder: Path) -> None:
             if control is not None:
                 against = one.get("against_control")
                 cells.append("control" if method == control else _difference(against, names[0]))
-            kept = "-" if one["retained"] is None else f"{one['retained']:.1%}"
+            kept = "-" if one["kept"] is None else f"{one['kept']:.1%}"
             count, speed = str(len(one["seeds"])), f"{one['examples_per_second']:.1f}"
             table.add_row(method, *cells, kept, count, f"{one['seconds']:.0f}", speed)
         frame.show(table)

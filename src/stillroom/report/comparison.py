@@ -24,7 +24,8 @@ def table(found: Mapping[str, Any]) -> Table:
             # One seed has none.
             spread = (result["standard_deviation"] or {}).get(metric)
             against = result.get("against_control", {}).get(metric)
-            kept = result["retained"]
+            # Comparisons of before have it as `retained`.
+            kept = result["kept"] if "kept" in result else result["retained"]
             rows.append(
                 [
                     Cell(student, number=False),

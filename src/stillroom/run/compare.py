@@ -90,7 +90,7 @@ def compare(
     Returns:
         What `compare.json` holds: `teacher`, and under `students` for each its costs and `methods`: for
         each the `folder` of its runs by seed, the metrics by seed, `mean`, `standard_deviation` (None
-        for one seed), `retained` (share of the teacher's first metric), `out_of_domain` (mean and
+        for one seed), `kept` (share of the teacher's first metric), `out_of_domain` (mean and
         standard deviation on each set of another source), `seconds` and `examples_per_second` of
         training (means), and where a control `none` is there,
         `against_control`: the difference for each metric with a 95 % interval over rows and seeds
@@ -480,7 +480,7 @@ def _summary(
     return {
         "seeds": {str(seed): metrics for seed, metrics in by_seed.items()},
         **summary,
-        "retained": summary["mean"][names[0]] / goal if goal else None,
+        "kept": summary["mean"][names[0]] / goal if goal else None,
         "out_of_domain": {name: _over_seeds([one[name] for one in elsewhere]) for name in elsewhere[0]},
         "seconds": statistics.fmean(run["train"]["seconds"] for run in runs.values()),
         "examples_per_second": statistics.fmean(r["train"]["examples_per_second"] for r in runs.values()),

@@ -118,7 +118,7 @@ def _measure(
     # What taught the logits is what the student is measured by.
     taught = metrics.get("soft_labels") or metrics.get("teacher")
     goal = taught["metrics"][first] if taught else None
-    metrics["retained"] = metrics["student"]["metrics"][first] / goal if goal else None
+    metrics["kept"] = metrics["student"]["metrics"][first] / goal if goal else None
     metrics["metric"] = first
     metrics["selected_step"] = trained.best_step or trained.steps
     encoders = {name: model for name, (model, _, _) in models.items()}
