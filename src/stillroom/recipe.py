@@ -576,9 +576,7 @@ def validate(model: type[_Model], values: Mapping[str, Any], section: str = "") 
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise WrongInput(
-            "\n".join(_explain(model, problem, section) for problem in error.errors())
-        ) from None
+        raise WrongInput("\n".join(_explain(model, error.errors(), section))) from None
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
@@ -588,16 +586,57 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     return f"{hint} Valid: {', '.join(valid)}."
 
 
-def _explain(model: type[BaseModel], problem: Any, section: str) -> str:
-    path = [str(part) for part in problem["loc"]]
-    where = ".".join([section, *path] if section else path)
-    if problem["type"] == "extra_forbidden":
-        return f"Unknown key {where}.{_valid_keys(model, path)}"
-    if problem["type"] == "missing":
-        return f"Missing key {where}: set it in the recipe or on the command line."
-    message = problem["msg"].removeprefix("Value error, ")
-    found = "" if not path else f", found {problem['input']!r}"
-    return f"{where or 'recipe'}: {message}{found}."
+_EXPECTED = {
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "dict_type": "`key: value` lines",
+    "finite_number": "a finite number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "greater_than": "a number greater than {gt:.10g}",
+    "greater_than_equal": "a number greater than or equal to {ge:.10g}",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "a number less than {lt:.10g}",
+    "less_than_equal": "a number less than or equal to {le:.10g}",
+    "list_type": "a list in brackets",
+    "literal_error": "{expected}",
+    "model_type": "`key: value` lines",
+    "path_type": "a path",
+    "string_too_short": "text that is not empty",
+    "string_type": "text",
+    "too_short": "at least {min_length}",
+    "tuple_type": "a list in brackets",
+}
+"""What pydantic's problems mean, by their type."""
+
+# Pydantic's names for the members of a union, which stand among the keys.
+_MEMBER = re.compile(r"(literal|tuple|list|function-after)\[.*\]|constrained-(int|float)")
+
+
+def _explain(model: type[BaseModel], problems: Sequence[Any], section: str) -> list[str]:
+    """Return a line for each wrong key or value."""
+    # A value that fits no member of a union has a problem with each, and one line.
+    told: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        path = [str(part) for part in problem["loc"] if not _MEMBER.fullmatch(str(part))]
+        where = ".".join([section, *path] if section else path)
+        found = f", found {problem['input']!r}" if path else ""
+        if problem["type"] == "extra_forbidden":
+            told[f"Unknown key {where}.{_valid_keys(model, path)}", ""] = []
+        elif problem["type"] == "missing":
+            told[f"Missing key {where}: set it in the recipe or on the command line.", ""] = []
+        elif problem["type"] in _EXPECTED:
+            expected = _EXPECTED[problem["type"]].format(**problem.get("ctx", {}))
+            told.setdefault((where, found), []).append(expected)
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            told[f"{where or 'recipe'}: {message}{found}.", ""] = []
+    return [
+        f"{head}: expected {' or '.join(one_of)}{found}." if one_of else head
+        for (head, found), one_of in told.items()
+    ]
 
 
 def _valid_keys(model: type[BaseModel], path: Sequence[str]) -> str:
