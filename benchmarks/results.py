@@ -503,8 +503,7 @@ def heads_of(tasks: dict) -> list[str]:
 
 def row(name: str, students: Sequence[dict | None]) -> list[str]:
     """Return the cells of a method: each task, and the mean share of the teacher kept."""
-    # Figures of before have it as `retained`.
-    kept = [one["kept"] if "kept" in one else one["retained"] for one in students if one is not None]
+    kept = [student["kept"] for student in students if student is not None]
     share = f"{100 * sum(kept) / len(kept):.1f} %" if kept and len(kept) == len(students) else "-"
     return [name, *map(cell, students), share]
 

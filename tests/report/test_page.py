@@ -313,15 +313,6 @@ def test_a_comparison_has_a_page(tmp_path: Path, whole: bool) -> None:
         write(folder)
 
 
-def test_a_comparison_of_before_has_its_share_kept_by_another_name(tmp_path: Path) -> None:
-    found = read_comparison(make_comparison(tmp_path / "compared")).found
-    now = comparison.table(found)
-    assert any(cell.text == "94.4 %" for cell in now.rows[0])
-    for result in found["students"][HOSTILE]["methods"].values():
-        result["retained"] = result.pop("kept")
-    assert comparison.table(found) == now
-
-
 def test_gains_over_the_control_are_drawn_with_their_intervals(tmp_path: Path) -> None:
     found = read_comparison(make_comparison(tmp_path / "compared")).found
     picture = comparison.differences(found)

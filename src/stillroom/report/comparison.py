@@ -24,8 +24,7 @@ def table(found: Mapping[str, Any]) -> Table:
             # One seed has none.
             spread = (result["standard_deviation"] or {}).get(metric)
             against = result.get("against_control", {}).get(metric)
-            # Comparisons of before have it as `retained`.
-            kept = result["kept"] if "kept" in result else result["retained"]
+            kept = result["kept"]
             rows.append(
                 [
                     Cell(student, number=False),
