@@ -475,7 +475,7 @@ def markdown(found: dict) -> str:
     """Return the tables of docs/results.md."""
     tasks = found["tasks"]
     names = list(dict.fromkeys(name for entry in tasks.values() for name in entry["students"]))
-    parts, parted = [], found["settings"]["ablations"]
+    parts, parted = [*shares(tasks, names), ""], found["settings"]["ablations"]
     for name in names:
         methods = {
             task: entry["students"].get(name, {}).get("methods", {}) for task, entry in tasks.items()
@@ -485,7 +485,7 @@ def markdown(found: dict) -> str:
         parts += [f"**{name}**", "", *quality(tasks, methods, shown), ""]
         parts += [*differences(tasks, methods, shown), ""]
         parts += [*ablations(methods, parted), ""]
-    parts += [*starts(tasks, names), "", *out_of_domain(tasks)]
+    parts += out_of_domain(tasks)
     return re.sub("\n{3,}", "\n\n", "\n".join(parts)).strip()
 
 
@@ -506,6 +506,42 @@ def row(name: str, students: Sequence[dict | None]) -> list[str]:
     kept = [student["kept"] for student in students if student is not None]
     share = f"{100 * sum(kept) / len(kept):.1f} %" if kept and len(kept) == len(students) else "-"
     return [name, *map(cell, students), share]
+
+
+def shares(tasks: dict, names: Sequence[str]) -> list[str]:
+    """Return the share of the teacher that each student kept of all tasks, side by side.
+
+    Of each method over the seeds that all of its students have on all tasks, so that a row compares.
+    """
+    rows = []
+    for method in METHODS if len(names) > 1 else ():
+        made = {
+            name: [
+                entry["students"].get(name, {}).get("methods", {}).get(method) for entry in tasks.values()
+            ]
+            for name in names
+        }
+        whole = {name: found for name, found in made.items() if None not in found}
+        if len(whole) < 2:
+            continue
+        seeds = set.intersection(*(set(one["seeds"]) for found in whole.values() for one in found))
+        if seeds:
+            rows.append(
+                [method, *(share(tasks, whole.get(name), seeds) for name in names), str(len(seeds))]
+            )
+    return table(["kept of all tasks", *names, "seeds"], rows)
+
+
+def share(tasks: dict, found: Sequence[dict] | None, seeds: set[str]) -> str:
+    """Return the mean share of the teacher kept over tasks and seeds."""
+    if found is None:
+        return "-"
+    kept = [
+        one["seeds"][seed][entry["metric"]] / entry["teacher"]["metrics"][entry["metric"]]
+        for entry, one in zip(tasks.values(), found, strict=True)
+        for seed in seeds
+    ]
+    return f"{100 * sum(kept) / len(kept):.1f} %"
 
 
 def quality(tasks: dict, methods: dict, names: Sequence[str]) -> list[str]:
@@ -531,24 +567,6 @@ def ablations(methods: dict, names: Sequence[str]) -> list[str]:
     chosen = [task for task, one in methods.items() if one.keys() & set(names[1:])]
     rows = [[name, *(cell(methods[task].get(name)) for task in chosen)] for name in names]
     return table(["variant", *chosen], rows) if chosen else []
-
-
-def starts(tasks: dict, names: Sequence[str]) -> list[str]:
-    """Return the methods that one student was trained by from several starts, side by side."""
-    rows = []
-    for student in dict.fromkeys(name.partition(" from ")[0] for name in names):
-        arms = [name for name in names if name.startswith(f"{student} from ") and "augmented" not in name]
-        found = {
-            arm: {task: entry["students"].get(arm, {}).get("methods", {}) for task, entry in tasks.items()}
-            for arm in arms
-        }
-        for method in METHODS if len(arms) > 1 else ():
-            if all(any(method in one for one in found[arm].values()) for arm in arms):
-                rows += [
-                    row(f"{method}, {arm}", [found[arm][task].get(method) for task in tasks])
-                    for arm in arms
-                ]
-    return table(["start", *heads_of(tasks), "kept"], rows)
 
 
 def out_of_domain(tasks: dict) -> list[str]:
