@@ -576,6 +576,10 @@ def load(name: str, task: Task | None = None, *, fresh_head: bool = False) -> En
     return made
 
 
+class NoMaskedLMHead(WrongInput):
+    """A checkpoint has no masked-LM head, and one that starts at random was not asked for."""
+
+
 def load_body(name: str, *, head: Head = "none", fresh_head: bool = False) -> Encoder:
     """Load a pretrained encoder without its classification head, as `load` does.
 
@@ -585,17 +589,20 @@ def load_body(name: str, *, head: Head = "none", fresh_head: bool = False) -> En
         fresh_head: Start a masked-LM head at random (from torch's seed) where the checkpoint has none.
 
     Raises:
-        WrongInput: As `load`, or if a masked-LM head is asked for and is not there.
+        NoMaskedLMHead: If one is asked for and is not there.
+        WrongInput: As `load`, or if the tokenizer of a masked language model has no mask token.
     """
     made, report = _load(name, head)
     missing = {*report["missing_keys"], *(entry[0] for entry in report.get("mismatched_keys", ()))}
     _check_weights(name, made.model, report, fresh_head=True, headless=head == "none")
     lacking = sorted(key for key in missing if not key.startswith(f"{made.model.base_model_prefix}."))
-    if head == "masked-lm" and not fresh_head:
-        if lacking:
-            raise WrongInput(f"{name} has no masked-LM head: {', '.join(lacking[:3])} are missing.")
+    if head == "masked-lm":
+        if lacking and not fresh_head:
+            raise NoMaskedLMHead(f"{name} has no masked-LM head ({', '.join(lacking[:3])} are missing).")
         if made.tokenizer.mask_token_id is None:
-            raise WrongInput(f"The tokenizer of {name} has no mask token, so no word can be masked.")
+            raise WrongInput(
+                f"The tokenizer of {name} has no mask token, so no word can be masked. Give another model."
+            )
     return made
 
 

@@ -137,9 +137,7 @@ class _Parts:
         torch.manual_seed(recipe.training.seed)
         try:
             teacher = encoder.load_body(recipe.teacher, head="masked-lm" if method.masked_lm else "none")
-        except WrongInput as error:
-            if "no masked-LM head" not in str(error):
-                raise
+        except encoder.NoMaskedLMHead as error:
             others = [m.name for m in methods.METHODS.values() if m.pretrain and not m.masked_lm]
             raise WrongInput(
                 f"{method.name} guesses hidden words. {error} Make a teacher that has one: stillroom "
