@@ -274,13 +274,12 @@ def test_hidden_words_are_a_function_of_seed_and_step() -> None:
 
 def test_masked_lm_logits_are_those_of_the_whole_head() -> None:
     made = make_generator()
-    model = encoder.Encoder(made.model, made.tokenizer, "masked-lm")
     ids = torch.randint(5, 20, (3, 7), generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([2, 9, 20])
     with torch.no_grad():
         whole = made.model(input_ids=ids).logits.flatten(0, 1)
         inputs = Inputs(ids, torch.ones_like(ids), None, positions)
-        found = model(inputs, encoder.Needs(logits=True, hidden_states=frozenset({1})))
+        found = made(inputs, encoder.Needs(logits=True, hidden_states=frozenset({1})))
     assert torch.allclose(found.logits, whole[positions], atol=1e-6)
     assert found.hidden_states[1].shape == (3, 7, 16)
 

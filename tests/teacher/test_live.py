@@ -32,8 +32,7 @@ def test_weights_rounded_once_give_autocasts_bits(family: str) -> None:
 
 
 def test_a_table_that_a_decoder_shares_is_not_rounded_as_embeddings() -> None:
-    generator = make_generator()
-    encoder = Encoder(generator.model, generator.tokenizer, "masked-lm")
+    encoder = make_generator()
     batch = make_batch_of(make_rows(make_task(), 40), encoder)
     needs = Needs(hidden_states=frozenset({0}))
     found = _cpu(encoder, bf16=True)(batch, needs).hidden_states[0]

@@ -156,8 +156,8 @@ def test_a_generator_with_a_wider_head_than_vocabulary() -> None:
     generator = make_generator("bert")
 
     class Wide(torch.nn.Module):
-        def forward(self, inputs: Inputs, positions: torch.Tensor) -> torch.Tensor:
-            logits = generator(inputs, positions)
+        def guess(self, inputs: Inputs, positions: torch.Tensor) -> torch.Tensor:
+            logits = generator.guess(inputs, positions)
             return torch.cat([logits, torch.full((len(logits), 8), 1e9)], 1)
 
     wide = Wide()

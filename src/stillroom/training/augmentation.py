@@ -235,7 +235,7 @@ class Augmenter:
         inputs = batch.student if batch.student.token_type_ids is not None else batch.teacher
         masked = with_words(inputs, positions, self._mask.expand(len(positions)))
         with self._autocast(), batch.share.own_random(3):
-            logits = self.generator(masked, positions)
+            logits = self.generator.guess(masked, positions)
         logits = logits[:, : self._vocabulary].float()
         # Where several processes share a batch each word gets the noise that it would get in one.
         noise = batch.share.own_part(

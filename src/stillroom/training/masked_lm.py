@@ -97,7 +97,7 @@ class Guessing:
         changed, positions = corrupt(inputs, row_ids, **self._rules, seed=self._seed, draw=draw)
         goals = inputs.input_ids.flatten()[positions].to(self._device)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            logits = self.model(changed.to(self._device), positions.to(self._device))
+            logits = self.model.guess(changed.to(self._device), positions.to(self._device))
         return F.cross_entropy(logits.float(), goals, reduction="none")
 
     @torch.no_grad()

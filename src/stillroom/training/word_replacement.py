@@ -209,7 +209,7 @@ def _most_probable(
     inputs.input_ids[rows, position] = generator.tokenizer.mask_token_id
     flat = (rows * inputs.input_ids.shape[1] + position).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        logits_nV = generator(inputs.to(device), flat).float()
+        logits_nV = generator.guess(inputs.to(device), flat).float()
     # The head may be wider than the vocabulary.
     logits_nV = logits_nV[:, : len(allowed_V)].masked_fill(~allowed_V.to(device), -torch.inf)
     best: Tensor = logits_nV.topk(min(count, int(allowed_V.sum())), dim=-1).indices
