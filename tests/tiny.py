@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from stillroom import methods
-from stillroom.data.batching import Batch, make_batch
+from stillroom.data.batching import Batch, Inputs, make_batch
 from stillroom.data.tasks import Dataset, Kind, Rows, Task
 from stillroom.data.tokens import TokenisedRows, tokenise
 from stillroom.encoder import Encoder, Needs, describe_task
@@ -151,6 +151,17 @@ def make_generator(family: str = "bert", *, width: int = 16, seed: int = 2) -> G
         torch.manual_seed(seed)
         model = AutoModelForMaskedLM.from_config(like.config)
     return Generator(model.float().eval(), like.tokenizer)
+
+
+def inputs_for(model: Encoder, count: int = 6, *, pair: bool = False) -> Inputs:
+    """Return some rows as an encoder reads them."""
+    return make_batch_of(make_rows(make_task(pair=pair), count), model).student
+
+
+def logits_of(model: Encoder, inputs: Inputs) -> torch.Tensor:
+    """Return an encoder's logits, without a gradient."""
+    with torch.no_grad():
+        return model(inputs, Needs(logits=True)).logits
 
 
 def save_encoder(folder: Path, **options: Any) -> Path:

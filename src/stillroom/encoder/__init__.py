@@ -1,0 +1,41 @@
+"""Any Hugging Face encoder, read as `Outputs`: with a head for labels, one for masked words, or none.
+
+`outputs` says what is read of one, `model` and `attention` read it, `config` knows its settings, and
+`loading` finds and checks checkpoints.
+"""
+
+from stillroom.encoder.config import PROBLEM_TYPES, describe_task, ffn_width, set_ffn_width
+from stillroom.encoder.loading import (
+    MINILM,
+    NoMaskedLMHead,
+    fresh,
+    load,
+    load_body,
+    load_like,
+    locate,
+)
+from stillroom.encoder.model import Encoder, weights_hash
+from stillroom.encoder.noise import quiet
+from stillroom.encoder.outputs import Needs, Outputs, Pooling, pool, sum_needs
+
+__all__ = [
+    "MINILM",
+    "PROBLEM_TYPES",
+    "Encoder",
+    "Needs",
+    "NoMaskedLMHead",
+    "Outputs",
+    "Pooling",
+    "describe_task",
+    "ffn_width",
+    "fresh",
+    "load",
+    "load_body",
+    "load_like",
+    "locate",
+    "pool",
+    "quiet",
+    "set_ffn_width",
+    "sum_needs",
+    "weights_hash",
+]

@@ -1,0 +1,30 @@
+"""A model's configuration: the task that it states, and the width of its blocks."""
+
+from typing import Any
+
+from stillroom.data.tasks import Task
+
+PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multi-label": "multi_label_classification",
+}
+"""What a configuration calls each kind of labels."""
+
+
+def describe_task(config: Any, task: Task) -> None:
+    """Write the task's label names, width and kind into a configuration."""
+    names = task.labels or ("score",)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {label: i for i, label in enumerate(names)}
+    config.problem_type = PROBLEM_TYPES[task.kind]
+
+
+def ffn_width(config: Any) -> int:
+    """Return the number of FFN units of a block."""
+    return int(config.hidden_dim if hasattr(config, "hidden_dim") else config.intermediate_size)
+
+
+def set_ffn_width(config: Any, width: int) -> None:
+    """Set the number of FFN units of a block."""
+    setattr(config, "hidden_dim" if hasattr(config, "hidden_dim") else "intermediate_size", width)
