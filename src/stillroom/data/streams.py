@@ -35,7 +35,7 @@ class Stream:
 
     Attributes:
         source: How messages name it.
-        format: One of `FORMATS`.
+        format: txt, csv, tsv, jsonl or parquet.
         schema: Of a Parquet file, else None.
     """
 
@@ -200,8 +200,6 @@ _READERS: dict[str, Callable[[Stream], Iterator[Row]]] = {
     "tsv": _tsv,
     "jsonl": _jsonl,
 }
-
-FORMATS = (*_READERS, "parquet")
 
 ENDINGS = {
     ".txt": "txt",

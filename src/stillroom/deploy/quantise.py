@@ -7,16 +7,13 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stillroom.deploy.graph import quiet
-
-Quantise = Callable[[Collection[str], Path], None]
-"""Write the model with all parts but the named ones in int8 to a path."""
 
 _SMALL_TABLE = 16
 """Tables of fewer rows (token types) stay in float32: there is nothing to save."""
