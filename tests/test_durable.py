@@ -32,6 +32,30 @@ def names(folder: Path) -> list[str]:
 # Files
 
 
+def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
+    durable.write_json(tmp_path / "file.json", {"größe": [1, None, 0.5]})
+    assert durable.read_json(tmp_path / "file.json") == {"größe": [1, None, 0.5]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"file\.json cannot be read .* Make it again"),
+        (b"", r"file\.json cannot be read"),
+        (b'{"a": 1', r"file\.json cannot be read"),
+        (b"\xff\xfe", r"file\.json cannot be read"),
+        (b"[1]", r"a JSON object in .*file\.json, found list"),
+    ],
+)
+def test_json_that_is_missing_damaged_or_no_object_is_refused_by_name(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(WrongInput, match=message):
+        durable.read_json(tmp_path / "file.json")
+
+
 def test_text_is_written_and_replaced(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file.txt"
     durable.write_text(path, "first")

@@ -109,6 +109,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that `write_json` wrote.
+
+    Raises:
+        WrongInput: If it cannot be read, or holds no object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WrongInput(f"{path} cannot be read ({error}). Make it again, or remove it.") from None
+    if not isinstance(found, dict):
+        raise WrongInput(f"Expected a JSON object in {path}, found {type(found).__name__}.")
+    return found
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to fill; on success it is summed, synced and renamed to `target`.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillroom.durable import read_json
 from stillroom.errors import WrongInput
 from stillroom.evaluation import predictions
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
@@ -56,7 +57,7 @@ def read_run(folder: Path) -> Run:
         lines_of(folder / LOG),
         lines_of(folder / CONTROL / LOG),
         predictions.load(path) if path.is_file() else None,
-        _json(folder / EXPORT) if (folder / EXPORT).is_file() else None,
+        read_json(folder / EXPORT) if (folder / EXPORT).is_file() else None,
     )
 
 
@@ -110,7 +111,7 @@ def read_comparison(folder: Path) -> Compared:
     Raises:
         WrongInput: If it found nothing yet, or a file in it is damaged.
     """
-    found = _json(folder / COMPARISON)
+    found = read_json(folder / COMPARISON)
     students = found.get("students", {})
     # Of one that was stopped, some have nothing yet.
     found["students"] = {name: each for name, each in students.items() if each["methods"]}
@@ -133,23 +134,13 @@ def read_comparison(folder: Path) -> Compared:
 def _metrics(folder: Path, command: str) -> dict[str, Any]:
     """Return the metrics of a run that `stillroom COMMAND` finished."""
     if (folder / METRICS).is_file():
-        return _json(folder / METRICS)
+        return read_json(folder / METRICS)
     remedy = (
         f"Finish it first: stillroom {command} --resume {folder}."
         if (folder / RECIPE).is_file()
         else f"Give the folder that stillroom {command} -o wrote."
     )
     raise WrongInput(f"Expected a finished run, found no {METRICS} in {folder}. {remedy}")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WrongInput(f"{path} cannot be read ({error}). Make it again, or remove it.") from None
-    if not isinstance(found, dict):
-        raise WrongInput(f"Expected a JSON object in {path}, found {type(found).__name__}.")
-    return found
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

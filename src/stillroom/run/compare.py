@@ -5,7 +5,6 @@ is not, so that processes and machines that share the folder share the work.
 """
 
 import functools
-import json
 import re
 import shutil
 import statistics
@@ -206,7 +205,7 @@ class _Worker:
         first = self._common.dataset.task.metrics[0]
         with durable.locked(place):
             if (place / METRICS).exists():
-                return float(_read(place / METRICS)["student"]["metrics"][first])
+                return float(durable.read_json(place / METRICS)["student"]["metrics"][first])
             durable.remove_leftovers(place)
             metrics = self._train(run, self._recipe(run), place, console)
             durable.write_json(place / METRICS, metrics)
@@ -434,7 +433,11 @@ def _collect(
         "dataset": comparison.dataset.name,
         "rows": len(rows),
         "metric": task.metrics[0],
-        "teacher": {"metrics": teacher, "out_of_domain": _read(folder / _ELSEWHERE), **costs["teacher"]},
+        "teacher": {
+            "metrics": teacher,
+            "out_of_domain": durable.read_json(folder / _ELSEWHERE),
+            **costs["teacher"],
+        },
         "students": {},
     }
     for made in comparison.students:
@@ -445,7 +448,7 @@ def _collect(
             done = {seed: place for seed, place in places.items() if (place / METRICS).exists()}
             if not done:
                 continue
-            runs = {seed: _read(place / METRICS) for seed, place in done.items()}
+            runs = {seed: durable.read_json(place / METRICS) for seed, place in done.items()}
             logits = {
                 s: predictions.load(place / PREDICTIONS).logits["student"] for s, place in done.items()
             }
@@ -503,7 +506,7 @@ def _costs(folder: Path, comparison: Comparison, common: Common) -> dict[str, An
     with durable.locked(folder, wait=True):
         path = folder / _COSTS
         if path.exists():
-            kept = _read(path)
+            kept = durable.read_json(path)
             if kept["students"].keys() >= set(comparison.students):
                 return kept
         quiet = Console(quiet=True)
@@ -525,10 +528,6 @@ def _costs(folder: Path, comparison: Comparison, common: Common) -> dict[str, An
                 found["students"][text] = cost.of(one, Path(place) / STUDENT, ms)
         durable.write_json(path, found)
         return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _slug(name: str) -> str:

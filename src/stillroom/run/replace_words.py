@@ -264,7 +264,7 @@ def _same_plan(folder: Path, plan: dict[str, Any]) -> None:
     if not path.exists():
         durable.write_json(path, plan)
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = durable.read_json(path)
     changed = [key for key in {**before, **plan} if before.get(key) != plan.get(key)]
     if changed:
         key = changed[0]

@@ -214,7 +214,7 @@ class _Worker:
         values = {key: _propose(trial, key, given) for key, given in self._sweep.tries.items()}
         with durable.locked(place):
             if (place / METRICS).exists():
-                return _objectives(read(place / METRICS))
+                return _objectives(durable.read_json(place / METRICS))
             durable.remove_leftovers(place)
             recipe = methods.resolve(self._sweep.recipe(values))
             try:
@@ -302,7 +302,7 @@ class _Worker:
         key = f"{recipe.student} {recipe.dataset.max_length}"
         with durable.locked(self._folder / _COSTS.removesuffix(".json"), wait=True):
             path = self._folder / _COSTS
-            kept = read(path) if path.exists() else {}
+            kept = durable.read_json(path) if path.exists() else {}
             if key not in kept:
                 timed = [(parts.student, parts.tokens.student["validation"])]
                 kept[key] = cost.milliseconds(timed, bf16=False)[0]
@@ -356,7 +356,7 @@ def _collect(folder: Path, chosen: Sweep, handout: Handout) -> dict[str, Any]:
         if not path.exists():
             trials.append({"run": name, "state": "failed", "error": errors.get(name, "stopped")})
             continue
-        metrics = read(path)
+        metrics = durable.read_json(path)
         one = {
             "run": name,
             "state": "pruned" if "pruned" in metrics else "done",
@@ -403,11 +403,6 @@ def front(found: Mapping[str, Mapping[str, float]]) -> list[str]:
 
     kept = {runs[point]: point for point in runs if not beaten(point)}
     return sorted(kept, key=lambda name: (-found[name].get("quality", 0.0), kept[name]))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return a JSON object."""
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _objectives(metrics: Mapping[str, Any]) -> tuple[float, ...]:
