@@ -25,6 +25,16 @@ def parameters(encoder: Encoder) -> tuple[int, int]:
     return total, total - sum(weight.numel() for weight in tables.values())
 
 
+def bytes_in_memory(module: nn.Module) -> int:
+    """Return the size in bytes of a module's parameters and buffers; shared ones count once for each name.
+
+    Example:
+        >>> bytes_in_memory(nn.Linear(3, 2))
+        32
+    """
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
+
+
 def bytes_of_weights(place: str | Path) -> int:
     """Return the size in bytes of the weight files in a folder, or of a hub id that was loaded."""
     folder = Path(place)

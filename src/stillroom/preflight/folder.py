@@ -6,10 +6,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from torch import nn
 
 from stillroom import durable
 from stillroom.errors import WrongInput
+from stillroom.evaluation import cost
 from stillroom.preflight.base import Report, Run
 from stillroom.teacher.cache import keys_of
 from stillroom.teacher.choose import cache_of
@@ -97,16 +97,12 @@ def _recording(run: Run, report: Report) -> tuple[Path, int] | None:
 
 def _need(run: Run) -> int:
     """Return the bytes a run writes at most at one time."""
-    weights = _bytes(run.student)
+    weights = cost.bytes_in_memory(run.student)
     # Weights, two moments of AdamW, and the best student so far.
     copies = 4 if run.training.select == "best" else 3
     # One more is written aside before the oldest goes.
     checkpoints = run.training.keep_checkpoints + 1
     trained = checkpoints * copies * weights + weights
-    terms = sum(_bytes(term) for term in run.terms().values())
-    generator = 0 if run.generator is None else _bytes(run.generator)
+    terms = sum(cost.bytes_in_memory(term) for term in run.terms().values())
+    generator = 0 if run.generator is None else cost.bytes_in_memory(run.generator)
     return trained * (2 if run.control else 1) + checkpoints * 3 * (terms + generator)
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(value.numel() * value.element_size() for value in module.state_dict().values())

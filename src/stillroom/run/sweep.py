@@ -20,7 +20,6 @@ from rich.console import Console
 
 from stillroom import durable, methods, preflight
 from stillroom.data.tasks import Dataset
-from stillroom.encoder import Encoder
 from stillroom.errors import RunFailed, WrongInput
 from stillroom.evaluation import cost
 from stillroom.evaluation.metrics import score
@@ -292,7 +291,7 @@ class _Worker:
             if name == "quality":
                 found[name] = next(iter(metrics.values()))
             elif name == "size":
-                found[name] = float(_bytes(parts.student))
+                found[name] = float(cost.bytes_in_memory(parts.student))
             else:
                 found[name] = self._latency(recipe, parts)
         return found
@@ -419,7 +418,3 @@ def _evaluations(place: Path) -> Sequence[dict[str, float]]:
     """Return what the evaluations before have found, from the run's log."""
     lines = (place / LOG).read_text(encoding="utf-8").splitlines() if (place / LOG).exists() else []
     return [line["validation"] for line in map(json.loads, lines) if "validation" in line]
-
-
-def _bytes(student: Encoder) -> int:
-    return sum(value.numel() * value.element_size() for value in student.model.state_dict().values())
