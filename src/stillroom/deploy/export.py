@@ -262,11 +262,9 @@ class _Work:
             )
         for name, ms in zip(sessions, self._time(list(sessions.values())), strict=True):
             entries[name] |= {"ms_per_row": ms, "bytes": forms.bytes_of(aside, name)}
-        stated = self.encoder.config.problem_type
-        kinds = {name: kind for kind, name in encoder.PROBLEM_TYPES.items()}
         return {
             "source": {"name": self.name, "weights_sha256": self.source_hash},
-            "kind": kinds.get(stated),
+            "kind": encoder.kind_of(self.encoder.config),
             "labels": list(self.encoder.labels),
             "inputs": list(input_names(self.encoder.tokenizer)),
             "max_length": self.max_length,

@@ -259,8 +259,6 @@ class Predictor:
         from stillroom import encoder
 
         loaded = encoder.load(model)
-        stated = loaded.config.problem_type
-        kinds = {name: kind for kind, name in encoder.PROBLEM_TYPES.items()}
         most = min(loaded.positions, _TORCH_LENGTH)
         return cls(
             TorchSession(loaded, threads),
@@ -268,7 +266,7 @@ class Predictor:
             form="torch",
             inputs=input_names(loaded.tokenizer),
             labels=loaded.labels,
-            kind=kinds.get(stated),
+            kind=encoder.kind_of(loaded.config),
             max_length=most,
             pad_id=loaded.tokenizer.pad_token_id,
         )

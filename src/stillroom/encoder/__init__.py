@@ -4,7 +4,7 @@
 `loading` finds and checks checkpoints.
 """
 
-from stillroom.encoder.config import PROBLEM_TYPES, describe_task, ffn_width, set_ffn_width
+from stillroom.encoder.config import PROBLEM_TYPES, describe_task, ffn_width, kind_of, set_ffn_width
 from stillroom.encoder.loading import (
     MINILM,
     NoMaskedLMHead,
@@ -29,6 +29,7 @@ __all__ = [
     "describe_task",
     "ffn_width",
     "fresh",
+    "kind_of",
     "load",
     "load_body",
     "load_like",

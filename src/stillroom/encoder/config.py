@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from stillroom.data.tasks import Task
+from stillroom.data.tasks import Kind, Task
 
-PROBLEM_TYPES = {
+PROBLEM_TYPES: dict[Kind, str] = {
     "classification": "single_label_classification",
     "regression": "regression",
     "multi-label": "multi_label_classification",
@@ -18,6 +18,17 @@ def describe_task(config: Any, task: Task) -> None:
     config.id2label = dict(enumerate(names))
     config.label2id = {label: i for i, label in enumerate(names)}
     config.problem_type = PROBLEM_TYPES[task.kind]
+
+
+def kind_of(config: Any) -> Kind | None:
+    """Return the kind of labels that a configuration states, or None where it states none of these.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> kind_of(BertConfig(problem_type="multi_label_classification")), kind_of(BertConfig())
+        ('multi-label', None)
+    """
+    return next((kind for kind, name in PROBLEM_TYPES.items() if name == config.problem_type), None)
 
 
 def ffn_width(config: Any) -> int:

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from stillroom.data.batching import Inputs, make_batch, pad
 from stillroom.data.soft_labels import logits_of
-from stillroom.data.tasks import Kind, Task
+from stillroom.data.tasks import Task
 from stillroom.data.tokens import TokenisedRows, fingerprint
-from stillroom.encoder import Encoder, Needs, Outputs
+from stillroom.encoder import Encoder, Needs, Outputs, kind_of
 from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.generator import REMEDY
@@ -26,12 +26,6 @@ from stillroom.training.distiller import Distiller
 _TRIAL_ROWS = 4
 _SHOWN_TOKENS = 12
 
-_KINDS: dict[str, Kind] = {
-    "regression": "regression",
-    "single_label_classification": "classification",
-    "multi_label_classification": "multi-label",
-}
-
 
 def require_same_head(task: Task, teacher: Encoder) -> None:
     """Raise `WrongInput` unless the teacher's head is one for this kind of labels and their count.
@@ -39,7 +33,7 @@ def require_same_head(task: Task, teacher: Encoder) -> None:
     Made before the student is built, which may copy the head.
     """
     found = teacher.config.num_labels
-    stated = _KINDS.get(teacher.config.problem_type or "")
+    stated = kind_of(teacher.config)
     kind = stated or ("regression" if found == 1 else None)
     if kind is not None and kind != task.kind and "regression" in (kind, task.kind):
         raise WrongInput(
