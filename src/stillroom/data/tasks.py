@@ -1,5 +1,6 @@
 """What a task is: its columns, the meaning of its labels, and its metrics."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,17 @@ class Task:
     def outputs(self) -> int:
         """Width of the logits: one for regression, else one for each label."""
         return 1 if self.kind == "regression" else len(self.labels)
+
+
+def plain(label: str) -> str:
+    """Return a label as those of data and models are compared: case aside, and white space, _ and - alike.
+
+    Example:
+        >>> plain("Not_Equivalent") == plain(" not equivalent")
+        True
+    """
+    # A config.json may have numbers for names.
+    return re.sub(r"[\s_-]+", " ", str(label).strip()).casefold()
 
 
 @dataclass(frozen=True)

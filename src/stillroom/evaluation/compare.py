@@ -1,7 +1,6 @@
 """Score models on a split, and compare each with the first."""
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from sklearn.metrics import confusion_matrix
 
 from stillroom import encoder
 from stillroom.data import sources
-from stillroom.data.tasks import Rows, Task
+from stillroom.data.tasks import Rows, Task, plain
 from stillroom.data.tokens import TokenisedRows, tokenise
 from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
@@ -179,7 +178,7 @@ def require_same_labels(name: str, model: Encoder, task: Task, console: Console)
             f"[{', '.join(model.labels)}]. Give a model that was fine-tuned on these labels, or check "
             "dataset.label, dataset.labels and dataset.kind."
         )
-    ours, theirs = ([_plain(label) for label in labels] for labels in (task.labels, model.labels))
+    ours, theirs = ([plain(label) for label in labels] for labels in (task.labels, model.labels))
     if task.kind == "regression" or ours == theirs:
         return
     orders = f"the data's labels are [{', '.join(task.labels)}], {name} has [{', '.join(model.labels)}]"
@@ -196,10 +195,6 @@ def require_same_labels(name: str, model: Encoder, task: Task, console: Console)
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _plain(label: str) -> str:
-    return re.sub(r"[\s_-]+", " ", label.strip()).casefold()
 
 
 def _compare(task: Task, rows: Rows, first: np.ndarray, other: np.ndarray) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from stillroom.data.batching import Inputs, make_batch, pad
 from stillroom.data.soft_labels import logits_of
-from stillroom.data.tasks import Task
+from stillroom.data.tasks import Task, plain
 from stillroom.data.tokens import TokenisedRows, fingerprint
 from stillroom.encoder import Encoder, Needs, Outputs, kind_of
 from stillroom.errors import WrongInput
@@ -60,7 +60,7 @@ def label_names(run: Run, report: Report) -> None:
     task, teacher = run.dataset.task, run.teacher
     if teacher is None or task.kind == "regression":
         return
-    ours, theirs = [_plain(name) for name in task.labels], [_plain(name) for name in teacher.labels]
+    ours, theirs = [plain(name) for name in task.labels], [plain(name) for name in teacher.labels]
     if ours == theirs:
         return
     orders = f"the data's labels are {listed(task.labels)}, the teacher's {listed(teacher.labels)}"
@@ -82,10 +82,6 @@ def label_names(run: Run, report: Report) -> None:
 def reorder(order: tuple[str, ...]) -> str:
     """Return the remedy for a teacher whose logits stand in another order than the data's labels."""
     return f"number the data's labels in the order {listed(order)} (for a file of your own: dataset.labels)"
-
-
-def _plain(name: str) -> str:
-    return " ".join(re.split(r"[\s_-]+", str(name).strip())).casefold()
 
 
 def vocabulary(run: Run, report: Report) -> None:
