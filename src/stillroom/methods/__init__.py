@@ -1,5 +1,7 @@
 """Every method by name. A new method is one file and one line here."""
 
+from typing import Any
+
 from stillroom.errors import WrongInput
 from stillroom.methods import (
     angular_emd,
@@ -19,7 +21,7 @@ from stillroom.methods import (
     tinybert,
 )
 from stillroom.methods.base import Context, Method, Plan
-from stillroom.recipe import MethodSettings, Recipe, Settings, nearest, validate
+from stillroom.recipe import MethodSettings, Recipe, Settings, TrainingSettings, nearest, validate
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -75,12 +77,19 @@ def build_pretraining(given: MethodSettings, context: Context) -> Plan:
     return make(settings_of(given), context)
 
 
+def spelt_out(given: MethodSettings) -> MethodSettings:
+    """Return the method with all of its options, or raise `WrongInput` with the wrong key."""
+    # As JSON, so that the recipe is equal to itself when it is read again: lists are no tuples.
+    return MethodSettings(name=given.name, **settings_of(given).model_dump(mode="json"))
+
+
+def training_defaults(name: str, given: TrainingSettings) -> dict[str, Any]:
+    """Return the method's own values of what `given` leaves open."""
+    return {k: value for k, value in find(name).training.items() if k not in given.model_fields_set}
+
+
 def resolve(recipe: Recipe) -> Recipe:
     """Return the recipe with the method's options and training defaults spelt out."""
-    settings = settings_of(recipe.method)
-    # As JSON, so that the recipe is equal to itself when it is read again: lists are no tuples.
-    method = MethodSettings(name=recipe.method.name, **settings.model_dump(mode="json"))
-    defaults = find(recipe.method.name).training
-    unset = {key: value for key, value in defaults.items() if key not in recipe.training.model_fields_set}
-    training = recipe.training.model_copy(update=unset)
+    method = spelt_out(recipe.method)
+    training = recipe.training.model_copy(update=training_defaults(method.name, recipe.training))
     return recipe.model_copy(update={"method": method, "training": training})

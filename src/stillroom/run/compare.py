@@ -32,7 +32,7 @@ from stillroom.evaluation.predict import predict
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.evaluation.significance import RESAMPLED, bootstrap_over_seeds
 from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
-from stillroom.recipe import Comparison, MethodSettings, Recipe
+from stillroom.recipe import Comparison, Recipe
 from stillroom.report import page
 from stillroom.run.handout import DATABASE, RUNS, STUDY, Handout, in_processes
 from stillroom.run.parts import Common, Parts, training_figures
@@ -155,11 +155,8 @@ def resolve(comparison: Comparison) -> Comparison:
     """Return the comparison with each method's options and training defaults spelt out."""
     variants = {}
     for name, given in comparison.methods.items():
-        settings = methods.settings_of(given.method)
-        method = MethodSettings(name=given.method.name, **settings.model_dump(mode="json"))
-        defaults = methods.find(given.method.name).training
-        unset = {k: v for k, v in defaults.items() if k not in comparison.training.model_fields_set}
-        update = {"method": method, "training": {**unset, **given.training}}
+        unset = methods.training_defaults(given.method.name, comparison.training)
+        update = {"method": methods.spelt_out(given.method), "training": {**unset, **given.training}}
         variants[name] = given.model_copy(update=update)
     comparison = comparison.model_copy(update={"methods": variants})
     for name in variants:

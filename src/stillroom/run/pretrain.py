@@ -23,7 +23,7 @@ from stillroom.evaluation import cost
 from stillroom.evaluation.held_out import follow
 from stillroom.methods.base import Context, Plan
 from stillroom.provenance import METRICS, STUDENT, environment
-from stillroom.recipe import MethodSettings, PretrainRecipe
+from stillroom.recipe import PretrainRecipe
 from stillroom.report import page
 from stillroom.run import opening
 from stillroom.run.parts import training_figures
@@ -111,9 +111,7 @@ def pretrain(
 def resolve(recipe: PretrainRecipe) -> PretrainRecipe:
     """Return the recipe with the method's options spelt out."""
     methods.pretrainer(recipe.method.name)
-    settings = methods.settings_of(recipe.method)
-    method = MethodSettings(name=recipe.method.name, **settings.model_dump(mode="json"))
-    return recipe.model_copy(update={"method": method})
+    return recipe.model_copy(update={"method": methods.spelt_out(recipe.method)})
 
 
 @dataclass(frozen=True)
