@@ -57,6 +57,11 @@ def describe(data_dir: Path | None = None) -> list[Known]:
     return [*known, *(_known(task, "generated", True) for task in builtin.TASKS.values())]
 
 
+def settings_of(given: DatasetSettings | str) -> DatasetSettings:
+    """Return the settings of data, of which a caller may give the name alone."""
+    return DatasetSettings(name=given) if isinstance(given, str) else given
+
+
 def load(settings: DatasetSettings, splits: Sequence[str] = ("train", "validation")) -> Dataset:
     """Return a data set with the splits that are asked for; no other is kept.
 

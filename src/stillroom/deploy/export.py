@@ -458,7 +458,7 @@ def _folder(model: str | Path, output: str | Path | None) -> Path:
 def _settings(model: str | Path, given: DatasetSettings | str | None) -> DatasetSettings | None:
     """Return the data that is given, or that of the recipe in the model's folder."""
     if given is not None:
-        return DatasetSettings(name=given) if isinstance(given, str) else given
+        return sources.settings_of(given)
     recipe = Path(model) / "recipe.yaml"
     if not recipe.is_file():
         return None

@@ -76,7 +76,7 @@ def bench(
     sides = [side for model in models for side in _sides(str(model))]
     if not sides:
         raise WrongInput("Expected at least one model to measure, found none.")
-    data = DatasetSettings(name=dataset) if isinstance(dataset, str) else dataset
+    data = None if dataset is None else sources.settings_of(dataset)
     texts, most = (None, None) if data is None else (_texts(data), data.max_length)
     cells: list[tuple[int, int | None]] = [
         (batch, length) for batch in batches for length in (lengths if texts is None else [None])

@@ -70,7 +70,7 @@ def evaluate(
     console = console or Console(stderr=True)
     if not models:
         raise WrongInput("Expected at least one model to evaluate, found none.")
-    settings = DatasetSettings(name=dataset) if isinstance(dataset, str) else dataset
+    settings = sources.settings_of(dataset)
     names = [str(model) for model in models]
     bf16 = use_bf16(precision)
     data = sources.load(settings, splits=(split,))
