@@ -31,11 +31,8 @@ from stillroom.deploy.vocabulary import coverage, piece_counts, read_texts, text
 from stillroom.encoder import Encoder, quiet, weights_hash
 from stillroom.errors import RunFailed, WrongInput
 from stillroom.evaluation.compare import require_same_labels
-from stillroom.provenance import environment
+from stillroom.provenance import RECIPE, STUDENT, environment
 from stillroom.recipe import DatasetSettings, read_yaml, validate
-
-DEPLOY = "deploy"
-"""Name of the export inside a run folder."""
 
 VALIDATION = "validation"
 
@@ -114,7 +111,7 @@ def export(
     if settings is None and (vocabulary == "trim" or any("int8" in name for name in names)):
         raise WrongInput(
             "What int8 or a trimmed vocabulary loses is measured on the validation split: expected a data "
-            f"set, and found no recipe.yaml in {model} that names one. Give --dataset."
+            f"set, and found no {RECIPE} in {model} that names one. Give --dataset."
         )
     durable.require_empty(folder, "Give another folder with -o, or remove this one.")
     work = _Work.load(str(model), settings, max_drop, embedding_bits, fixed_lengths, console)
@@ -450,16 +447,16 @@ def _write_shared(model: Encoder, folder: Path, max_length: int) -> None:
 def _folder(model: str | Path, output: str | Path | None) -> Path:
     if output is not None:
         return Path(output)
-    if not (Path(model) / "recipe.yaml").is_file() or not (Path(model) / "student").is_dir():
+    if not (Path(model) / RECIPE).is_file() or not (Path(model) / STUDENT).is_dir():
         raise WrongInput(f"{model} is no run folder: give the folder for the export with -o.")
-    return Path(model) / DEPLOY
+    return Path(model) / forms.DEPLOY
 
 
 def _settings(model: str | Path, given: DatasetSettings | str | None) -> DatasetSettings | None:
     """Return the data that is given, or that of the recipe in the model's folder."""
     if given is not None:
         return sources.settings_of(given)
-    recipe = Path(model) / "recipe.yaml"
+    recipe = Path(model) / RECIPE
     if not recipe.is_file():
         return None
     found = read_yaml(recipe).get("dataset", {})

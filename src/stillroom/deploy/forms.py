@@ -13,6 +13,9 @@ from stillroom import durable
 from stillroom.errors import WrongInput
 from stillroom.recipe import nearest
 
+DEPLOY = "deploy"
+"""Name of the export inside a run folder."""
+
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 

@@ -224,7 +224,7 @@ class Predictor:
             WrongInput: If nothing is there, it is damaged, or it lacks the form.
         """
         folder = Path(model)
-        inside = folder / "deploy"
+        inside = folder / forms.DEPLOY
         if not forms.is_export(folder) and forms.is_export(inside):
             folder = inside
         if not forms.is_export(folder):

@@ -7,6 +7,7 @@
 from stillroom.encoder.config import PROBLEM_TYPES, describe_task, ffn_width, kind_of, set_ffn_width
 from stillroom.encoder.loading import (
     MINILM,
+    MINILM_HUB,
     NoMaskedLMHead,
     fresh,
     load,
@@ -20,6 +21,7 @@ from stillroom.encoder.outputs import Needs, Outputs, Pooling, pool, sum_needs
 
 __all__ = [
     "MINILM",
+    "MINILM_HUB",
     "PROBLEM_TYPES",
     "Encoder",
     "Needs",

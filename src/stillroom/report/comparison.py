@@ -7,7 +7,7 @@ from typing import Any
 from stillroom.report import facts, flow, pictures
 from stillroom.report.facts import Cell, Table
 from stillroom.report.pictures import Picture, Point
-from stillroom.report.sources import SETTINGS, Compared
+from stillroom.report.sources import COMPARISON, Compared
 
 
 def table(found: Mapping[str, Any]) -> Table:
@@ -168,7 +168,7 @@ def commands(compared: Compared) -> list[tuple[str, str]]:
     again = [("This page again", f"stillroom report {shlex.quote(folder)}")]
     if compared.settings is None:
         return again
-    settings = shlex.quote(f"{folder}/{SETTINGS}")
+    settings = shlex.quote(f"{folder}/{COMPARISON}")
     return [("The same comparison again", f"stillroom compare {settings} -o NEW-FOLDER"), *again]
 
 

@@ -15,7 +15,8 @@ from stillroom import durable
 from stillroom.errors import WrongInput
 from stillroom.report import pictures
 from stillroom.report.pictures import Picture
-from stillroom.report.sources import LOG, lines_of
+from stillroom.report.sources import lines_of
+from stillroom.training.loop import LOG
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from stillroom import durable
 from stillroom.provenance import STUDENT
 from stillroom.report import card, comparison, facts, pretraining
 from stillroom.report.sources import (
-    COMPARISON,
+    RESULTS,
     Run,
     is_pretraining,
     read_comparison,
@@ -35,7 +35,7 @@ def write(folder: Path, output: Path | None = None) -> Path:
         WrongInput: If the folder is no finished run, or a file in it is damaged.
         RunFailed: If the disk is full.
     """
-    if (folder / COMPARISON).is_file():
+    if (folder / RESULTS).is_file():
         return write_comparison(folder, output)
     if is_pretraining(folder):
         return write_pretraining(folder, output)

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillroom.deploy.forms import DEPLOY, MANIFEST
 from stillroom.durable import read_json
 from stillroom.errors import WrongInput
 from stillroom.evaluation import predictions
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.provenance import CONTROL, METRICS, RECIPE
 from stillroom.recipe import PretrainRecipe, Recipe, read_yaml
+from stillroom.training.loop import LOG
 
-COMPARISON = "compare.json"
-SETTINGS = "compare.yaml"
-LOG = "log.jsonl"
-EXPORT = Path("deploy") / "manifest.json"
+COMPARISON, RESULTS = "compare.yaml", "compare.json"
+"""Names of files inside the folder of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_run(folder: Path) -> Run:
             f"{', '.join(metrics) or 'nothing'} in {folder / METRICS}. A teacher from stillroom finetune "
             "has no report: give the run that distilled it."
         )
-    path = folder / PREDICTIONS
+    path, exported = folder / PREDICTIONS, folder / DEPLOY / MANIFEST
     return Run(
         folder,
         metrics,
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> Run:
         lines_of(folder / LOG),
         lines_of(folder / CONTROL / LOG),
         predictions.load(path) if path.is_file() else None,
-        read_json(folder / EXPORT) if (folder / EXPORT).is_file() else None,
+        read_json(exported) if exported.is_file() else None,
     )
 
 
@@ -111,14 +111,12 @@ def read_comparison(folder: Path) -> Compared:
     Raises:
         WrongInput: If it found nothing yet, or a file in it is damaged.
     """
-    found = read_json(folder / COMPARISON)
+    found = read_json(folder / RESULTS)
     students = found.get("students", {})
     # Of one that was stopped, some have nothing yet.
     found["students"] = {name: each for name, each in students.items() if each["methods"]}
     if not {"dataset", "rows", "metric", "teacher"} <= found.keys() or not found["students"]:
-        raise WrongInput(
-            f"Expected the results of stillroom compare in {folder / COMPARISON}, found others."
-        )
+        raise WrongInput(f"Expected the results of stillroom compare in {folder / RESULTS}, found others.")
     logs = {}
     for student, costs in found["students"].items():
         for method, result in costs["methods"].items():
@@ -126,7 +124,7 @@ def read_comparison(folder: Path) -> Compared:
             read = [lines_of(runs / seed / LOG) for seed in result["seeds"]] if runs else []
             if any(read):
                 logs[student, method] = [log for log in read if log]
-    path = folder / SETTINGS
+    path = folder / COMPARISON
     settings = path.read_text(encoding="utf-8") if path.is_file() else None
     return Compared(folder, found, settings, logs)
 

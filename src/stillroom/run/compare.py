@@ -34,12 +34,10 @@ from stillroom.evaluation.significance import RESAMPLED, bootstrap_over_seeds
 from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
 from stillroom.recipe import Comparison, Recipe
 from stillroom.report import page
+from stillroom.report.sources import COMPARISON, RESULTS
 from stillroom.run.handout import DATABASE, RUNS, STUDY, Handout, in_processes
 from stillroom.run.parts import Common, Parts, training_figures
 from stillroom.training.loop import CHECKPOINTS
-
-COMPARISON = "compare.yaml"
-RESULTS = "compare.json"
 
 _COSTS = "costs.json"
 _ELSEWHERE = "out_of_domain.json"
