@@ -99,12 +99,33 @@ def require_family(teacher: Encoder) -> None:
 
 
 def can_fold(teacher: Encoder, *, width: int, heads: int, ffn: int) -> bool:
-    """Return whether a student of these widths can be folded from the teacher."""
+    """Return whether a student of these widths can be folded from the teacher.
+
+    Args:
+        teacher: Whose family has to be known, and which no width may exceed.
+        width: Of the student's hidden states.
+        heads: Of its attention.
+        ffn: Its FFN units.
+    """
     return teacher.config.model_type in _FAMILIES and not _wider(teacher, width, heads, ffn)
 
 
 def sample(tokens: TokenisedRows, budget: int) -> list[Inputs]:
-    """Return batches of about `budget` tokens, of rows spread evenly over the text."""
+    """Return batches of about `budget` tokens, of rows spread evenly over the text.
+
+    Args:
+        tokens: The rows.
+        budget: Tokens in all, padding not counted.
+
+    Returns:
+        Padded batches of at most 32 rows, in the order of the text, on the CPU.
+
+    Example:
+        >>> ids, lengths = np.arange(12, dtype=np.int32), np.full(4, 3)
+        >>> tokens = TokenisedRows(ids, None, 3 * np.arange(4), lengths, pad_id=0, truncated=0)
+        >>> [batch.input_ids.tolist() for batch in sample(tokens, 6)]
+        [[[0, 1, 2], [9, 10, 11]]]
+    """
     rows = max(1, min(len(tokens), round(budget / float(tokens.lengths.mean()))))
     index = np.linspace(0, len(tokens) - 1, rows).astype(np.int64)
     return [pad(tokens, part) for part in np.array_split(index, -(-rows // _ROWS))]

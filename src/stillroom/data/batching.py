@@ -33,7 +33,10 @@ class Layout:
 
     @classmethod
     def of(cls, mask_BS: Tensor) -> "Layout | None":
-        """Return the layout of a mask, or None where nothing is padding. Reads the mask: on the CPU.
+        """Return the layout of a mask, or None where nothing is padding.
+
+        Args:
+            mask_BS: 1 on real tokens, int64; its values are read: on the CPU.
 
         Example:
             >>> layout = Layout.of(torch.tensor([[1, 1, 0], [1, 1, 1]]))
@@ -52,11 +55,35 @@ class Layout:
         return replace(self, places=places, starts=starts)
 
     def pack(self, states_BSD: Tensor) -> Tensor:
-        """Return the real tokens' states, shape `(1, T, D)`."""
+        """Return the real tokens' states, in one row; gradients flow through them.
+
+        Args:
+            states_BSD: Shape `(B, S, D)`.
+
+        Returns:
+            Shape `(1, T, D)`.
+
+        Example:
+            >>> layout = Layout.of(torch.tensor([[1, 0], [1, 1]]))
+            >>> layout.pack(torch.tensor([[[1.0], [9.0]], [[2.0], [3.0]]])).tolist()
+            [[[1.0], [2.0], [3.0]]]
+        """
         return states_BSD.flatten(0, 1).index_select(0, self.places)[None]
 
     def unpack(self, states_1TD: Tensor) -> Tensor:
-        """Return the states where they were, `(B, S, D)`, and 0 on padding."""
+        """Return the states where they were, and 0 on padding; gradients flow through them.
+
+        Args:
+            states_1TD: Shape `(1, T, D)`.
+
+        Returns:
+            Shape `(B, S, D)`.
+
+        Example:
+            >>> layout = Layout.of(torch.tensor([[1, 0], [1, 1]]))
+            >>> layout.unpack(torch.tensor([[[1.0], [2.0], [3.0]]])).tolist()
+            [[[1.0], [0.0]], [[2.0], [3.0]]]
+        """
         B, S = self.shape
         flat = states_1TD.new_zeros(B * S, states_1TD.shape[-1])
         return flat.index_copy_(0, self.places, states_1TD[0]).view(B, S, -1)
@@ -190,6 +217,9 @@ def epoch_batches(
         batch_size: Most rows in a batch.
         max_tokens: Most tokens in a batch, padding included. A longer row makes its own batch.
 
+    Returns:
+        For each batch its rows' numbers, int64, shape `(B,)`.
+
     Example:
         >>> batches = epoch_batches(
         ...     np.array([3, 9, 3, 9]), seed=0, epoch=0, batch_size=2, max_tokens=64
@@ -311,6 +341,17 @@ def make_batch(
         rows: The split, for its labels.
         student: The split's tokens as the student reads them.
         teacher: The same as the teacher reads them, or None where that is the same.
+
+    Returns:
+        The batch, on the CPU.
+
+    Example:
+        >>> ids, lengths = np.array([2, 7, 3, 2, 3], dtype=np.int32), np.array([3, 2])
+        >>> tokens = TokenisedRows(ids, None, np.array([0, 3]), lengths, pad_id=0, truncated=0)
+        >>> rows = Rows("made", (["a film", ""],), np.array([1, 0]))
+        >>> batch = make_batch(np.array([1, 0]), rows, tokens)
+        >>> batch.labels.tolist(), batch.student.input_ids.tolist()
+        ([0, 1], [[2, 3, 0], [2, 7, 3]])
     """
     inputs = pad(student, index)
     other = inputs if teacher is None or teacher is student else pad(teacher, index)
@@ -319,7 +360,22 @@ def make_batch(
 
 
 def pad(tokens: TokenisedRows, index: np.ndarray) -> Inputs:
-    """Return the rows at `index`, padded on the right to the longest of them."""
+    """Return some rows, padded on the right to the longest of them.
+
+    Args:
+        tokens: A split.
+        index: Row numbers, shape `(B,)`.
+
+    Returns:
+        The inputs, int64, on the CPU; token types are 0 on padding.
+
+    Example:
+        >>> ids, lengths = np.array([2, 7, 3, 2, 3], dtype=np.int32), np.array([3, 2])
+        >>> tokens = TokenisedRows(ids, None, np.array([0, 3]), lengths, pad_id=0, truncated=0)
+        >>> inputs = pad(tokens, np.array([0, 1]))
+        >>> inputs.input_ids.tolist(), inputs.attention_mask.tolist()
+        ([[2, 7, 3], [2, 3, 0]], [[1, 1, 1], [1, 1, 0]])
+    """
     lengths = tokens.lengths[index]
     width = int(lengths.max())
     ids = np.full((len(index), width), tokens.pad_id, dtype=np.int64)
@@ -340,13 +396,35 @@ def pad(tokens: TokenisedRows, index: np.ndarray) -> Inputs:
 def sequential_batches(
     lengths: np.ndarray, *, batch_size: int = 64, max_tokens: int = 16384
 ) -> Iterator[np.ndarray]:
-    """Yield row numbers by falling length, every row once: for evaluation, where order is free."""
+    """Yield row numbers by falling length, every row once: for evaluation, where order is free.
+
+    Args:
+        lengths: Tokens of each row, shape `(N,)`.
+        batch_size: Most rows in a batch.
+        max_tokens: Most tokens in a batch, padding included. A longer row makes its own batch.
+
+    Yields:
+        A batch's rows, int64, shape `(B,)`, by rising length.
+
+    Example:
+        >>> [rows.tolist() for rows in sequential_batches(np.array([3, 9, 4, 8]), batch_size=2)]
+        [[3, 1], [0, 2]]
+    """
     order = np.argsort(lengths, kind="stable")
     yield from reversed(_cut(order, lengths[order], batch_size, max_tokens))
 
 
 def padding_share(lengths: np.ndarray, batches: Sequence[np.ndarray]) -> float:
-    """Return the share of padded tokens among all tokens of `batches`, in [0, 1)."""
+    """Return the share of padded tokens among all tokens of `batches`, in [0, 1).
+
+    Args:
+        lengths: Tokens of each row, shape `(N,)`.
+        batches: For each batch its rows' numbers, shape `(B,)`.
+
+    Example:
+        >>> padding_share(np.array([3, 1, 2]), [np.array([0, 1]), np.array([2])])
+        0.25
+    """
     padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
     real = sum(int(lengths[rows].sum()) for rows in batches)
     return 1.0 - real / padded

@@ -52,6 +52,12 @@ def read(table: Table, task: Task, name: str) -> np.ndarray:
 
     Raises:
         WrongInput: If a column or a label is missing, or a row has no such numbers.
+
+    Example:
+        >>> task = Task("made", "classification", ("text",), "label", ("no", "yes"), ("accuracy",))
+        >>> table = Table("made", {"p_yes": [0.75], "p_no": [0.25]}, 1, None)
+        >>> read(table, task, "p_").tolist()
+        [[0.25, 0.75]]
     """
     if name in table.columns:
         rows: list[Any] = [_value(value) for value in table.columns[name]]
@@ -77,6 +83,13 @@ def logits_of(soft_NC: np.ndarray, kind: Kind) -> np.ndarray:
 
     ``log p``, and ``log p - log(1 - p)`` of several labels, with p from 1e-7 on (and to 1 - 1e-7).
 
+    Args:
+        soft_NC: Probabilities, or scores, shape `(N, C)`.
+        kind: Of the labels.
+
+    Returns:
+        float32, shape `(N, C)`.
+
     Example:
         >>> logits_of(np.array([[0.5, 0.5]]), "multi-label").tolist()
         [[0.0, 0.0]]
@@ -90,7 +103,19 @@ def logits_of(soft_NC: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def labels_from(soft_NC: np.ndarray, kind: Kind) -> np.ndarray:
-    """Return what soft labels say as hard labels: likeliest class, labels from 0.5 on, or score."""
+    """Return what soft labels say as hard labels: likeliest class, labels from 0.5 on, or score.
+
+    Args:
+        soft_NC: Probabilities, or scores, shape `(N, C)`.
+        kind: Of the labels.
+
+    Returns:
+        As `Rows.labels`: classes int64 `(N,)`, scores `(N,)`, several labels float32 `(N, C)`.
+
+    Example:
+        >>> labels_from(np.array([[0.2, 0.8], [0.6, 0.4]]), "classification").tolist()
+        [1, 0]
+    """
     if kind == "classification":
         return np.asarray(soft_NC.argmax(1))
     return soft_NC[:, 0] if kind == "regression" else (soft_NC >= 0.5).astype(np.float32)

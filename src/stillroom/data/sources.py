@@ -103,7 +103,20 @@ def load(settings: DatasetSettings, splits: Sequence[str] = ("train", "validatio
 
 
 def drawn_rows(total: int, wanted: int | None) -> np.ndarray | None:
-    """Return which rows of a training split `train_rows` draws, rising; None where it is all of them."""
+    """Return which rows of the training split `train_rows` draws; None where it is all of them.
+
+    Args:
+        total: Rows of the split.
+        wanted: How many are drawn; None for all. More of them hold those of fewer.
+
+    Returns:
+        Numbers of the rows, int64 and rising, shape `(wanted,)`.
+
+    Example:
+        >>> few, more = drawn_rows(100, 5), drawn_rows(100, 10)
+        >>> len(more), bool(np.isin(few, more).all())
+        (10, True)
+    """
     if wanted is None or wanted >= total:
         return None
     # Philox by name: what default_rng means may change with numpy.

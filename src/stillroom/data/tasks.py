@@ -64,7 +64,15 @@ class Rows:
         return len(self.texts[0])
 
     def take(self, index: np.ndarray) -> "Rows":
-        """Return the rows at `index`, in that order."""
+        """Return some rows, in the order that is given.
+
+        Args:
+            index: Row numbers, shape `(n,)`.
+
+        Example:
+            >>> Rows("made", (["a", "b"],), np.array([0, 1])).take(np.array([1])).texts
+            (['b'],)
+        """
         texts = tuple([column[i] for i in index] for column in self.texts)
         soft, unlabelled = (
             None if kept is None else kept[index] for kept in (self.soft_labels, self.unlabelled)

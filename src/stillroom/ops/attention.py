@@ -18,7 +18,20 @@ _HIDDEN = -1e30
 
 
 def visible(scores: Tensor) -> Tensor:
-    """Return attention scores with 0 where a key is masked: ``c(x) = 0 if x <= -100 else x``."""
+    """Return attention scores with 0 where a key is masked: ``c(x) = 0 if x <= -100 else x``.
+
+    As TinyBERT's and BERT-EMD's own code does before it compares scores.
+
+    Args:
+        scores: Before the softmax, any shape and dtype; gradients flow where nothing is masked.
+
+    Returns:
+        Same shape and dtype.
+
+    Example:
+        >>> visible(torch.tensor([1.5, -1e4])).tolist()
+        [1.5, 0.0]
+    """
     return scores.masked_fill(scores <= _MASKED, 0)
 
 

@@ -13,6 +13,14 @@ def resolve_layer_map(layer_map: LayerMap, student_depth: int, teacher_depth: in
 
     Uniform is ``m(i) = i * teacher_depth / student_depth``, rounded up where that is no whole number.
 
+    Args:
+        layer_map: `uniform`, or the map itself.
+        student_depth: Blocks of the student.
+        teacher_depth: Blocks of the teacher.
+
+    Returns:
+        One number for each student layer.
+
     Raises:
         WrongInput: If uniform is asked of a student deeper than its teacher, or a given map has the
             wrong number of layers or a layer that the teacher lacks.

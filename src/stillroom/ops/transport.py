@@ -145,13 +145,21 @@ def exact_flow(cost_LM: Array, student_L: Array, teacher_M: Array) -> Array:
 
 
 def unit_costs(flow_LM: Array, cost_LM: Array, masses: Array, *, axis: int) -> Array:
-    """Return ``u_k``, what a layer's flow costs on average for a unit of its mass.
+    """Return ``u_k = sum_l F_kl D_kl / w_k``, what a layer's flow costs on average for a unit of its mass.
 
     Args:
-        flow_LM: The flow.
-        cost_LM: The ground costs.
-        masses: Masses of the layers whose costs are wanted.
+        flow_LM: The flow, shape ``(L, M)``, float64 as all here.
+        cost_LM: The ground costs, likewise.
+        masses: Masses of the layers whose costs are wanted, shape ``(L,)`` or ``(M,)``, above 0.
         axis: The other side: 1 for the student's layers, 0 for the teacher's.
+
+    Returns:
+        Shape of `masses`.
+
+    Example:
+        >>> flow, cost = np.array([[0.5, 0.0], [0.25, 0.25]]), np.array([[1.0, 2.0], [2.0, 4.0]])
+        >>> unit_costs(flow, cost, np.array([0.5, 0.5]), axis=1).tolist()
+        [1.0, 3.0]
     """
     found: Array = (flow_LM * cost_LM).sum(axis) / masses
     return found
@@ -162,6 +170,13 @@ def raise_to_floor(values: Array, floor: float) -> tuple[Array, bool]:
 
     Where all values are 0 they count as equal. Without it a layer that costs nothing would divide
     by zero, and the layer that fits best would be dropped.
+
+    Args:
+        values: At least 0, float64, shape ``(K,)``.
+        floor: Share of the largest, 0 to 1.
+
+    Returns:
+        The same shape, and True where a value was raised.
 
     Example:
         >>> raise_to_floor(np.array([0.0, 0.5]), 0.1)
@@ -178,6 +193,14 @@ def masses_of(unit_cost_K: Array, *, rule: MassRule, temperature: float) -> Arra
 
     With ``r_k = sum_l u_l / u_k``: rule B is ``r / sum r``, rules A1 and A2 are
     ``softmax(r / T_emd)``. A2's second softmax comes after problems are averaged, so not here.
+
+    Args:
+        unit_cost_K: `unit_costs` of one side's layers, above 0, float64, shape ``(K,)``.
+        rule: How they become masses.
+        temperature: T_emd > 0, of rules A1 and A2.
+
+    Returns:
+        Shape ``(K,)``.
 
     Example:
         >>> masses_of(np.array([1.0, 3.0]), rule="B", temperature=1.0).tolist()
@@ -259,10 +282,21 @@ class LayerMasses(nn.Module):
         self._record: dict[str, Any] = {}
 
     def flows(self, cost_PLM: Tensor) -> Tensor:
-        """Return the exact flow of each problem, shape ``(P, L, M)``, a constant on the costs' device.
+        """Return the exact flow of each problem: see `exact_flow`.
 
         Costs and masses go to the host in one copy, the flows come back in one. Costs that are not
         finite get the flow of independent layers and change no mass: the loop stops at their loss.
+
+        Args:
+            cost_PLM: Ground costs by problem, shape ``(P, L, M)``; detached.
+
+        Returns:
+            Shape ``(P, L, M)``, on the costs' device and in their dtype, without gradient. Each sums to 1.
+
+        Example:
+            >>> masses = LayerMasses(("states",), 2, 2, None)
+            >>> masses.flows(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])).tolist()
+            [[[0.5, 0.0], [0.0, 0.5]]]
         """
         packed = torch.cat([cost_PLM.detach().flatten(), self.student.flatten(), self.teacher.flatten()])
         # The one wait for the device in a step.

@@ -43,6 +43,13 @@ def masked_positions(
 
     Returns:
         Positions in the flattened `(B, S)`, int64 and rising, shape `(n,)`.
+
+    Example:
+        >>> ids = torch.tensor([[2, 7, 8, 3, 0]])
+        >>> inputs = Inputs(ids, torch.tensor([[1, 1, 1, 1, 0]]), None)
+        >>> rule = {"special": frozenset({2, 3}), "probability": 1.0, "seed": 0, "draw": 0}
+        >>> masked_positions(inputs, torch.tensor([0]), **rule).tolist()
+        [1, 2]
     """
     ids = inputs.input_ids.numpy()
     chance = np.ones(ids.shape)
@@ -55,7 +62,18 @@ def masked_positions(
 
 
 def gumbel_like(logits: Tensor) -> Tensor:
-    """Return Gumbel noise ``-log E`` with ``E`` exponential, from torch's random state."""
+    """Return Gumbel noise ``-log E`` with ``E`` exponential, from torch's random state.
+
+    Args:
+        logits: Only shape, dtype and device are read.
+
+    Returns:
+        Same shape and dtype, without gradient.
+
+    Example:
+        >>> gumbel_like(torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
     return -torch.empty_like(logits).exponential_().clamp_(min=_LEAST_NOISE).log_()
 
 
@@ -103,7 +121,22 @@ def mixed_words(ids_BS: Tensor, positions: Tensor, scores_nV: Tensor, table_VD: 
 
 
 def with_words(inputs: Inputs, positions: Tensor, ids: Tensor) -> Inputs:
-    """Return the inputs with other ids at positions of the flattened `(B, S)`; an int stands at all."""
+    """Return the inputs with other ids at some positions; all else is shared with what is given.
+
+    Args:
+        inputs: A batch.
+        positions: In the flattened `(B, S)`, int64, shape `(n,)`.
+        ids: What stands there now, int64, shape `(n,)`.
+
+    Returns:
+        Inputs of the same shape.
+
+    Example:
+        >>> ids = torch.tensor([[2, 7, 3]])
+        >>> inputs = Inputs(ids, torch.ones_like(ids), None)
+        >>> with_words(inputs, torch.tensor([1]), torch.tensor([9])).input_ids.tolist()
+        [[2, 9, 3]]
+    """
     changed = inputs.input_ids.flatten().index_copy(0, positions, ids)
     return replace(inputs, input_ids=changed.view_as(inputs.input_ids))
 
@@ -160,7 +193,15 @@ class Augmenter:
         return self._rule.moves_generator(step)
 
     def draw(self, batch: Batch, step: int) -> Tensor:
-        """Return the positions that are masked in this step. The batch is still on the CPU."""
+        """Return the positions that are masked in a step: see `masked_positions`.
+
+        Args:
+            batch: Still on the CPU.
+            step: Number of the step, from 0.
+
+        Returns:
+            Positions in the flattened `(B, S)`, int64, shape `(n,)`, on the generator's device.
+        """
         positions = masked_positions(
             batch.student,
             batch.row_ids,
@@ -176,6 +217,14 @@ class Augmenter:
         """Return the batch as the generator rewrites it, or None where the stage has no use for it.
 
         Only the highest score is needed here, so nothing is kept for a gradient.
+
+        Args:
+            batch: On the generator's device.
+            positions: What `draw` returned for it.
+            stage: Says which terms read augmented rows.
+
+        Returns:
+            The rows, and what the teacher computes on them.
         """
         if not stage.augmented:
             return None
@@ -185,7 +234,15 @@ class Augmenter:
         return Augmented(changed, self._teacher(changed, needs))
 
     def rewrite(self, batch: Batch, positions: Tensor) -> Batch:
-        """Return the batch with the generator's words at `positions`."""
+        """Return the batch with the generator's words in it.
+
+        Args:
+            batch: On the generator's device.
+            positions: Where they stand, in the flattened `(B, S)`, shape `(n,)`.
+
+        Returns:
+            The batch, marked as augmented; student and teacher read the same words.
+        """
         ids = self._scores(batch, positions).argmax(-1)
         student = with_words(batch.student, positions, ids)
         alike = batch.teacher is batch.student
@@ -197,6 +254,13 @@ class Augmenter:
 
         The gradient reaches the generator, through both models' word embeddings, and the terms' own
         parameters; the student's weights, like the teacher's, get none.
+
+        Args:
+            batch: On the generator's device.
+            positions: What `draw` returned for it.
+
+        Returns:
+            The weighted total, and each term under `generator_` and its name.
         """
         student = self._distiller.student
         needs, teacher_needs = self._plan.augmented_needs(self._rule.weights)

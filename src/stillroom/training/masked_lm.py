@@ -64,7 +64,16 @@ def corrupt(
         draw: Number of the draw.
 
     Returns:
-        Inputs, and positions in the flattened `(B, S)`, shape `(n,)`.
+        Inputs, and positions in the flattened `(B, S)`, int64 and rising, shape `(n,)`.
+
+    Example:
+        >>> ids = torch.full((1, 200), 7)
+        >>> rules = {"special": frozenset({0, 4}), "mask_id": 4, "vocabulary": 10, "seed": 0, "draw": 0}
+        >>> inputs = Inputs(ids, torch.ones_like(ids), None)
+        >>> changed, positions = corrupt(inputs, torch.tensor([0]), **rules)
+        >>> elsewhere = changed.input_ids.flatten().index_fill(0, positions, 7)
+        >>> 10 < len(positions) < 60, bool((elsewhere == 7).all())
+        (True, True)
     """
     positions = masked_positions(
         inputs, row_ids, special=special, probability=GUESSED, seed=seed, draw=draw
@@ -92,7 +101,16 @@ class Guessing:
         self._device = next(model.parameters()).device
 
     def losses(self, tokens: TokenisedRows, index: np.ndarray, draw: int) -> Tensor:
-        """Return the cross-entropy in nats of each guess, shape `(n,)`."""
+        """Return the cross-entropy of each guess.
+
+        Args:
+            tokens: The split.
+            index: Numbers of the batch's rows, shape `(B,)`.
+            draw: Number of the draw of hidden words.
+
+        Returns:
+            Nats, float32, shape `(n,)` for n words that are guessed; gradients flow to the model.
+        """
         inputs, row_ids = pad(tokens, index), torch.from_numpy(index.astype(np.int64))
         changed, positions = corrupt(inputs, row_ids, **self._rules, seed=self._seed, draw=draw)
         goals = inputs.input_ids.flatten()[positions].to(self._device)

@@ -54,7 +54,22 @@ class Vocabulary(nn.Module):
     _index: Tensor
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the embeddings `(B, S, D)` of ids `(B, S)`; raises `IndexError` for one not trained."""
+        """Return the embeddings of ids; gradients flow to the table's rows that are trained.
+
+        Args:
+            input_ids: int64, shape `(B, S)`.
+
+        Returns:
+            Shape `(B, S, D)`.
+
+        Raises:
+            IndexError: If an id is none that is trained.
+
+        Example:
+            >>> words = Vocabulary(nn.Embedding.from_pretrained(torch.eye(4)), torch.tensor([0, 2]))
+            >>> words(torch.tensor([[2]])).tolist(), len(words.weight)
+            ([[[0.0, 0.0, 1.0, 0.0]]], 2)
+        """
         return F.embedding(self._index[input_ids], self.weight, self._padding)
 
     def after_step(self, decay: float) -> None:

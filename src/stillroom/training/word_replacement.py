@@ -217,10 +217,23 @@ def _most_probable(
 
 
 def whole_words(tokenizer: Any) -> tuple[list[str], Tensor]:
-    """Return each token of a vocabulary as text, and which are whole words of letters, shape `(V,)`.
+    """Return each token of a vocabulary as text, and which are whole words of letters.
 
     Where the vocabulary marks the beginnings of words (byte-level BPE, SentencePiece) a whole word has
     the mark; where it marks what continues a word (WordPiece) that mark is no letter.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer of V tokens.
+
+    Returns:
+        V texts, and bool, shape `(V,)`.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> own = Tokenizer(models.WordPiece({"[UNK]": 0, "film": 1, "##s": 2, "!": 3}, unk_token="[UNK]"))
+        >>> whole_words(PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]"))
+        (['[UNK]', 'film', '##s', '!'], tensor([False,  True, False, False]))
     """
     tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
     special = set(tokenizer.all_special_tokens)
