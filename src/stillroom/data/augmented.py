@@ -30,11 +30,7 @@ def fingerprint(rows: Rows) -> str:
         False
     """
     digest = hashlib.sha256(f"{len(rows.texts)} {len(rows)}".encode())
-    for column in rows.texts:
-        for text in column:
-            encoded = text.encode("utf-8", "surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
+    rows.hash_texts(digest)
     return digest.hexdigest()
 
 

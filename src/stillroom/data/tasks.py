@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -78,6 +78,15 @@ class Rows:
             None if kept is None else kept[index] for kept in (self.soft_labels, self.unlabelled)
         )
         return Rows(self.source, texts, self.labels[index], soft, unlabelled)
+
+    def hash_texts(self, digest: Any) -> None:
+        """Add all texts, in their order, to a hash of `hashlib`."""
+        for column in self.texts:
+            for text in column:
+                encoded = text.encode("utf-8", "surrogatepass")
+                # The length keeps ("ab", "c") and ("a", "bc") apart.
+                digest.update(len(encoded).to_bytes(8, "little"))
+                digest.update(encoded)
 
     def text_keys(self) -> list[int]:
         """Return a number for each row, equal where the texts are, but for white space and case.

@@ -202,10 +202,5 @@ def _read(folder: Path, tokenizer: Any) -> TokenisedRows:
 def _key(rows: Rows, tokenizer: Any, max_length: int) -> str:
     digest = hashlib.sha256(_VERSION)
     digest.update(f"{fingerprint(tokenizer)} {max_length} {len(rows.texts)} {len(rows)}".encode())
-    for column in rows.texts:
-        for text in column:
-            encoded = text.encode("utf-8", "surrogatepass")
-            # The length keeps ("ab", "c") and ("a", "bc") apart.
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
+    rows.hash_texts(digest)
     return digest.hexdigest()
