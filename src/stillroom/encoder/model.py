@@ -174,6 +174,14 @@ class Encoder(nn.Module):
             model.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
 
+    def save_into(self, folder: Path) -> None:
+        """Write the same into a folder that holds other files, which stay."""
+        aside = folder / "model"
+        self.save(aside)
+        for path in aside.iterdir():
+            path.replace(folder / path.name)
+        aside.rmdir()
+
     @contextmanager
     def _embeddings(self, wanted: bool, offset: Tensor | None) -> Iterator[list[Tensor]]:
         """Collect the embeddings of one forward pass, and add `offset` to them."""

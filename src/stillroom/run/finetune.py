@@ -86,10 +86,7 @@ def finetune(
         trained = train(job, console, recipe.model_dump(mode="json"))
 
         def finish() -> dict[str, Any]:
-            model.save(folder / "training" / "model")
-            for path in (folder / "training" / "model").iterdir():
-                path.replace(folder / path.name)
-            (folder / "training" / "model").rmdir()
+            model.save_into(folder)
             shutil.rmtree(folder / "training" / CHECKPOINTS)
             ms = cost.milliseconds([(model, tokens["validation"])], bf16=False)
             found = evaluator(dataset, tokens["validation"], bf16)(model)

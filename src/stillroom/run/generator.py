@@ -95,10 +95,8 @@ def make(
             "perplexity": {"before": math.exp(min(before, 700.0)), "after": math.exp(after)},
             "parameters": sum(p.numel() for p in made.parameters()),
         }
-        made.eval().save(output / "model")
-        for path in (output / "model").iterdir():
-            path.replace(output / path.name)
-        (output / "model").rmdir()
+        made.eval()
+        made.save_into(output)
         durable.write_json(output / METRICS, metrics)
     return metrics
 
