@@ -518,7 +518,9 @@ def test_what_counts_padding_is_computed_live(tmp_path: Path) -> None:
     assert "hidden_states.2, hidden_states.4 computed live where padding counts in them" in said.getvalue()
 
 
-def test_a_stage_that_counts_padding_leaves_the_others_recorded(tmp_path: Path) -> None:
+def test_a_stage_that_counts_padding_leaves_the_others_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     live = make_live()
     counts_padding, other = STATES | Needs(padding=True), Needs(hidden_states=frozenset({2}))
     teacher = recorded_in(tmp_path / "t", live, counts_padding, other)
@@ -529,8 +531,13 @@ def test_a_stage_that_counts_padding_leaves_the_others_recorded(tmp_path: Path) 
     read = teacher.read(batch, other)
     assert read is not None and teacher.read(batch, counts_padding) is None
     assert_same(read, live(batch, other), mask, other, rtol=0, atol=0)
-    # States on padding, which a recording holds as 0, are the model's.
-    found, want = teacher(batch, counts_padding), live(batch, counts_padding)
+    # States on padding, which a recording holds as 0, are the model's, which is told that they count.
+    want, asked = live(batch, counts_padding), []
+    call = LiveTeacher.__call__
+    monkeypatch.setattr(LiveTeacher, "__call__", lambda *a: asked.append(a[2]) or call(*a))
+    found = teacher(batch, counts_padding)
+    teacher(batch, Needs(logits=True, padding=True))
+    assert asked == [replace(counts_padding, logits=False), Needs()]
     for index in (2, 4):
         torch.testing.assert_close(found.hidden_states[index], want.hidden_states[index], rtol=0, atol=0)
 

@@ -145,7 +145,9 @@ class RecordedTeacher:
         """
         recorded = self._recorded(needs)
         lacking = [column for column in columns_of(needs) if column not in recorded]
-        outputs = self._live(batch, needs_of(lacking))
+        # On a GPU the model would leave the padding out, were it not told that it counts.
+        padding = needs.padding and bool(lacking)
+        outputs = self._live(batch, replace(needs_of(lacking), padding=padding))
         if not recorded:
             return outputs
         read = self._read(batch, recorded, outputs)
