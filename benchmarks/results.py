@@ -136,8 +136,8 @@ TASKS = {
         },
     ),
 }
-MEAN_OF = ("sst2", "qnli", "cola", "mrpc", "stsb")
-"""The tasks that the share of the teacher kept is a mean of; MNLI is there for sets of other sources."""
+USUAL = ("sst2", "qnli", "cola", "mrpc", "stsb")
+"""What is measured where --tasks says nothing else. MNLI is there for its sets of other sources."""
 BATCH_SIZE = 32
 COPIES = 2
 OTHER_ROWS = 2_000
@@ -503,9 +503,10 @@ def heads_of(tasks: dict) -> list[str]:
 
 def row(name: str, students: Sequence[dict | None]) -> list[str]:
     """Return the cells of a method: each task, and the mean share of the teacher kept."""
-    kept = [student["kept"] for student in students if student is not None]
-    share = f"{100 * sum(kept) / len(kept):.1f} %" if kept and len(kept) == len(students) else "-"
-    return [name, *map(cell, students), share]
+    shares = [student["kept"] for student in students if student is not None]
+    whole = shares and len(shares) == len(students)
+    mean = f"{100 * sum(shares) / len(shares):.1f} %" if whole else "-"
+    return [name, *map(cell, students), mean]
 
 
 def shares(tasks: dict, names: Sequence[str]) -> list[str]:
@@ -513,35 +514,32 @@ def shares(tasks: dict, names: Sequence[str]) -> list[str]:
 
     Of each method over the seeds that all of its students have on all tasks, so that a row compares.
     """
+    found: dict[str, dict[str, list[dict]]] = {}
+    for method in METHODS:
+        for name in names:
+            made = [e["students"].get(name, {}).get("methods", {}).get(method) for e in tasks.values()]
+            if None not in made:
+                found.setdefault(method, {})[name] = made
+    found = {method: made for method, made in found.items() if len(made) > 1}
+    shown = [name for name in names if any(name in made for made in found.values())]
     rows = []
-    for method in METHODS if len(names) > 1 else ():
-        made = {
-            name: [
-                entry["students"].get(name, {}).get("methods", {}).get(method) for entry in tasks.values()
-            ]
-            for name in names
-        }
-        whole = {name: found for name, found in made.items() if None not in found}
-        if len(whole) < 2:
-            continue
-        seeds = set.intersection(*(set(one["seeds"]) for found in whole.values() for one in found))
+    for method, made in found.items():
+        seeds = set.intersection(*(set(one["seeds"]) for each in made.values() for one in each))
         if seeds:
-            rows.append(
-                [method, *(share(tasks, whole.get(name), seeds) for name in names), str(len(seeds))]
-            )
-    return table(["kept of all tasks", *names, "seeds"], rows)
+            rows.append([method, *(kept(tasks, made.get(name), seeds) for name in shown), str(len(seeds))])
+    return table(["kept of all tasks", *shown, "seeds"], rows)
 
 
-def share(tasks: dict, found: Sequence[dict] | None, seeds: set[str]) -> str:
+def kept(tasks: dict, found: Sequence[dict] | None, seeds: set[str]) -> str:
     """Return the mean share of the teacher kept over tasks and seeds."""
     if found is None:
         return "-"
-    kept = [
+    shares = [
         one["seeds"][seed][entry["metric"]] / entry["teacher"]["metrics"][entry["metric"]]
         for entry, one in zip(tasks.values(), found, strict=True)
         for seed in seeds
     ]
-    return f"{100 * sum(kept) / len(kept):.1f} %"
+    return f"{100 * sum(shares) / len(shares):.1f} %"
 
 
 def quality(tasks: dict, methods: dict, names: Sequence[str]) -> list[str]:
@@ -613,7 +611,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/results"))
     parser.add_argument("--workers", type=int, default=2, help="trainings at once, one thread each")
     parser.add_argument(
-        "--tasks", default=",".join(MEAN_OF), help=f"of {', '.join(TASKS)}; default: %(default)s"
+        "--tasks", default=",".join(USUAL), help=f"of {', '.join(TASKS)}; default: %(default)s"
     )
     parser.add_argument(
         "--students", default=STUDENT, metavar="STUDENT[@INIT]", help="separated by semicolons"

@@ -69,8 +69,9 @@ class Encoder(nn.Module):
     @property
     def words(self) -> Tensor:
         """The table of word embeddings, `(V, D)`."""
-        table: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        return table.weight  # type: ignore[no-any-return]
+        model: Any = self.model
+        weight: Tensor = model.get_input_embeddings().weight
+        return weight
 
     def forward(
         self,
