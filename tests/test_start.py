@@ -11,10 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM
 from workspace import write_data
 
-from stillroom import Recipe, distill, start, student
+from stillroom import Recipe, distill, methods, start, student
+from stillroom.data.tasks import Dataset
 from stillroom.encoder import Encoder, Needs, weights_hash
 from stillroom.errors import WrongInput
 from stillroom.provenance import RECIPE
+from stillroom.recipe import MethodSettings
+from stillroom.run.parts import context_of
 from tiny import make_batch_of, make_encoder, make_rows, make_task, make_teacher, make_tokens, save_encoder
 
 TASK = make_task()
@@ -220,6 +223,26 @@ def test_states_follow_the_teachers(family: str, monkeypatch: pytest.MonkeyPatch
         goal = run(teacher, theirs).hidden_states[theirs][mask].double() @ seen[0]
         lost = (s - goal).square().sum() / (goal - goal.mean(0)).square().sum()
         assert lost < (0.2, 0.7, 0.9)[mine], mine
+
+
+@pytest.mark.parametrize("name", ["lrc-bert", "angular-emd", "bert-emd", "tinybert", "distilbert", "pkd"])
+def test_projections_of_a_folded_student_start_where_its_states_stand_for_the_teachers(name: str) -> None:
+    teacher = make_encoder(task=TASK, layers=4, width=24)
+    folded = made("2x12", teacher)
+    context = context_of(Dataset(TASK, {"train": ROWS}), folded, teacher)
+    plan = methods.build(MethodSettings(name=name), context)
+    matrices = [
+        matrix
+        for term in plan.terms.values()
+        for key, parameter in term.named_parameters()
+        if key.startswith("projection") and "bias" not in key
+        for matrix in parameter.detach().reshape(-1, *parameter.shape[-2:])
+    ]
+    assert matrices
+    for matrix in matrices:
+        P = matrix if matrix.shape == (24, 12) else matrix.T
+        # Word embeddings are folded by the basis alone.
+        torch.testing.assert_close(teacher.words.detach() @ P, folded.words.detach())
 
 
 def test_norms_are_fitted_by_least_squares() -> None:

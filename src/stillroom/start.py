@@ -175,7 +175,7 @@ def fold(teacher: Encoder, student: Encoder, layers: Sequence[int], tokens: Toke
     Exact but for: states outside P, of which the mean is kept; LayerNorm's scale, which is diagonal on
     other axes and divides by the norm inside P alone (fitted by least squares, layer after layer, on the
     student's own states); score and value ranks beyond the student's head size; heads and units that go.
-    Where nothing is narrower, nothing is lost.
+    Where nothing is narrower, nothing is lost. The student remembers P as its `basis`.
 
     Args:
         teacher: Of a known family. Runs on the device it is on, in float32.
@@ -194,6 +194,7 @@ def fold(teacher: Encoder, student: Encoder, layers: Sequence[int], tokens: Toke
         P = principal_projection(seen.covariance(), student.width)
         _fold_weights(teacher, student, names, layers, seen, P)
         _fit_norms(teacher, student, names, layers, sample(tokens, NORM_TOKENS), P)
+    student.basis = P.float().cpu()
 
 
 def _require_narrower(teacher: Encoder, student: Encoder) -> None:

@@ -17,6 +17,18 @@ def test_start_turns_nothing(shape: tuple[int, int]) -> None:
     assert torch.equal(W, torch.eye(4)) == (shape == (4, 4))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_folded_students_states_are_projected_to_what_they_keep_of_the_teachers(turned: bool) -> None:
+    torch.manual_seed(0)
+    P = torch.linalg.qr(torch.randn(5, 3))[0]
+    matrix = torch.empty((5, 3) if turned else (3, 5))
+    start_unturned(matrix, P)
+    W = matrix.T if turned else matrix
+    kept = torch.randn(7, 3) @ P.T
+    torch.testing.assert_close(kept @ P @ W, kept)
+    assert ((torch.randn(7, 5) @ P @ W) @ (torch.eye(5) - P @ P.T)).abs().max() < 1e-6
+
+
 def test_projecting_in_bf16_is_the_product_to_bf16_rounding_and_so_is_its_gradient() -> None:
     torch.manual_seed(0)
     states = torch.randn(2, 6, 5, requires_grad=True)

@@ -32,6 +32,8 @@ class Encoder(nn.Module):
         self.head = head
         self.packed = True
         """Whether a pass may leave the padding out, where batch and device allow it."""
+        self.basis: Tensor | None = None
+        """P, `(E, D)` float32, if this was folded from a teacher of width E (`start.fold`)."""
 
     @property
     def config(self) -> Any:

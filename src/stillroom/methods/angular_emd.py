@@ -103,7 +103,7 @@ class AngularTransport(Term):
         self.teacher_needs = Needs(hidden_states=frozenset(range(1, M + 1)))
         projection = torch.empty(L, context.student_width, context.teacher_width)
         for matrix in projection:
-            start_unturned(matrix)
+            start_unturned(matrix, context.basis)
         self.projection = nn.Parameter(projection)
         update = MassUpdate(settings.mass_rule, settings.mass_temperature, settings.floor, coupled=False)
         self.masses = LayerMasses(("hidden_states",), L, M, update if settings.update_masses else None)

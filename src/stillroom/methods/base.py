@@ -28,6 +28,9 @@ class Context:
     student_width: int
     teacher_depth: int
     teacher_width: int
+    basis: Tensor | None = None
+    """P, `(teacher width, student width)`, of a student that was folded from its teacher: its state stands
+    for ``P^T h`` of the teacher's h, so that P is where a projection starts."""
     labels: np.ndarray | None = None
     """Labels of the training rows, as in `Rows`, for terms that draw rows by label."""
 

@@ -80,7 +80,7 @@ class LayerTransport(Term):
         self.teacher_needs = _every_layer(M) | Needs(padding=not self.masked)
         self.projection = nn.Linear(context.student_width, context.teacher_width)
         nn.init.zeros_(self.projection.bias)
-        start_unturned(self.projection.weight)
+        start_unturned(self.projection.weight, context.basis)
         update = MassUpdate(
             settings.mass_rule,
             settings.mass_temperature,

@@ -77,7 +77,7 @@ class LastStateDirection(Term):
         self.projection = None
         if context.student_width != context.teacher_width:
             self.projection = nn.Parameter(torch.empty(context.student_width, context.teacher_width))
-            start_unturned(self.projection)
+            start_unturned(self.projection, context.basis)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the loss."""

@@ -85,7 +85,7 @@ class CosNCE(Term):
         matrices = 1 if settings.projection == "shared" else len(layers)
         projection = torch.empty(matrices, context.student_width, context.teacher_width)
         for matrix in projection:
-            start_unturned(matrix)
+            start_unturned(matrix, context.basis)
         self.projection = nn.Parameter(projection)
         if settings.negatives == "bank":
             bank = torch.zeros(context.rows, len(layers), context.teacher_width)

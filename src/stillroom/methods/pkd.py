@@ -100,7 +100,7 @@ class FirstTokens(Term):
         if context.student_width != context.teacher_width:
             # No bias: rescaling a state would no longer leave its direction alone.
             self.projection = nn.Parameter(torch.empty(context.student_width, context.teacher_width))
-            start_unturned(self.projection)
+            start_unturned(self.projection, context.basis)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the loss."""

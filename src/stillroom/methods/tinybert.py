@@ -109,7 +109,7 @@ class HiddenStates(Term):
         self.teacher_needs = Needs(hidden_states=frozenset(self.teacher_layers), padding=not self.masked)
         self.projection = nn.Linear(context.student_width, context.teacher_width)
         nn.init.zeros_(self.projection.bias)
-        start_unturned(self.projection.weight)
+        start_unturned(self.projection.weight, context.basis)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the loss."""

@@ -1,19 +1,21 @@
 """How a projection from student to teacher width starts, and how it is multiplied."""
 
+import torch
 from torch import Tensor, nn
 
 
-def start_unturned(matrix: Tensor) -> None:
-    """Fill a projection so that it turns nothing: identity where the widths agree, else orthogonal.
+def start_unturned(matrix: Tensor, basis_ED: Tensor | None = None) -> None:
+    """Fill a projection so that it turns nothing: identity where the widths agree, else orthonormal.
 
-    A random start would undo what a student that copies teacher layers already knows.
+    A random start would undo what a student that starts from its teacher already knows. Of one that was
+    folded the vectors are its basis: its state ``P^T h`` is then projected to ``P P^T h``, the part of the
+    teacher's state that it keeps. Without a basis they are drawn at random.
 
     Args:
-        matrix: Two axes, the widths in either order. Filled in place; the longer side gets
-            orthonormal vectors of the shorter side's number.
+        matrix: Two axes, the widths in either order. Filled in place.
+        basis_ED: P, teacher width by student width, with orthonormal columns, if the student was folded.
 
     Example:
-        >>> import torch
         >>> matrix = torch.empty(2, 2)
         >>> start_unturned(matrix)
         >>> matrix.tolist()
@@ -21,6 +23,9 @@ def start_unturned(matrix: Tensor) -> None:
     """
     if matrix.shape[0] == matrix.shape[1]:
         nn.init.eye_(matrix)
+    elif basis_ED is not None:
+        with torch.no_grad():
+            matrix.copy_(basis_ED if matrix.shape == basis_ED.shape else basis_ED.T)
     else:
         nn.init.orthogonal_(matrix)
 

@@ -292,6 +292,7 @@ def context_of(dataset: Dataset, made: Encoder, teacher: Encoder) -> Context:
         student_width=made.width,
         teacher_depth=teacher.depth,
         teacher_width=teacher.width,
+        basis=made.basis,
         labels=dataset.splits["train"].labels,
     )
 

@@ -173,6 +173,7 @@ class _Parts:
             student_width=made.width,
             teacher_depth=teacher.depth,
             teacher_width=teacher.width,
+            basis=made.basis,
         )
         torch.manual_seed(recipe.training.seed)
         plan = methods.build_pretraining(recipe.method, context)
