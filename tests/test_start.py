@@ -245,6 +245,43 @@ def test_projections_of_a_folded_student_start_where_its_states_stand_for_the_te
         torch.testing.assert_close(teacher.words.detach() @ P, folded.words.detach())
 
 
+def test_a_narrower_checkpoint_is_turned_nearest_to_its_teacher(tmp_path: Path) -> None:
+    teacher = varied(make_encoder(task=TASK, layers=4, width=24))
+    varied(made("2x12", teacher)).save(tmp_path)
+    loaded = student.build(str(tmp_path), teacher, TASK, seed=0, tokens=make_tokens(ROWS, teacher))
+    batch = make_batch_of(ROWS, teacher).student
+    mask = batch.attention_mask.bool()
+
+    def unit(model: Encoder, *places: int) -> Tensor:
+        with torch.no_grad():
+            states = model(batch, Needs(hidden_states=frozenset(places))).hidden_states
+        return torch.stack([states[i][mask] / states[i][mask].norm(dim=-1, keepdim=True) for i in places])
+
+    S, T, P = unit(loaded, 0, 1, 2), unit(teacher, 0, 2, 4), loaded.basis
+    assert P is not None
+    torch.testing.assert_close(P.T @ P, torch.eye(12), atol=1e-5, rtol=0)
+
+    def distance(P: Tensor) -> float:
+        return float((T - S @ P.T).square().sum())
+
+    torch.manual_seed(0)
+    for size in (1e-2, 1e-1, 1.0):
+        for _ in range(5):
+            Q, R = torch.linalg.qr(P + size * torch.randn(24, 12))
+            assert distance(P) < distance(Q * R.diagonal().sign())
+
+
+@pytest.mark.parametrize("case", ["as wide", "deeper", "no text"])
+def test_a_checkpoint_whose_states_cannot_be_compared_has_no_basis(tmp_path: Path, case: str) -> None:
+    teacher = make_encoder(task=TASK, layers=2, width=24)
+    other = make_encoder(
+        task=TASK, layers=3 if case == "deeper" else 2, width=24 if case == "as wide" else 12
+    )
+    other.save(tmp_path)
+    tokens = None if case == "no text" else make_tokens(ROWS, teacher)
+    assert student.build(str(tmp_path), teacher, TASK, seed=0, tokens=tokens).basis is None
+
+
 def test_norms_are_fitted_by_least_squares() -> None:
     """On the rows that they are fitted on, residuals have no mean, and nothing of the normalised state."""
     teacher = varied(make_encoder(layers=2, width=32))

@@ -197,6 +197,36 @@ def fold(teacher: Encoder, student: Encoder, layers: Sequence[int], tokens: Toke
     student.basis = P.float().cpu()
 
 
+def align(teacher: Encoder, student: Encoder, layers: Sequence[int], tokens: TokenisedRows) -> Tensor:
+    """Return P that turns the student's hidden states nearest to the teacher's, ``(E, D)`` float32.
+
+    ``P = argmin sum |t - P s|^2`` over orthonormal columns (orthogonal Procrustes): ``U W^T`` of the
+    singular value decomposition ``U diag W^T`` of ``sum t s^T``. The sums go over tokens, the embedding
+    output and the mapped layers, with t and s scaled to length 1. It has no seed.
+
+    Args:
+        teacher: Of width E.
+        student: Of width D, at most E, with the teacher's tokenizer, on the same device.
+        layers: The teacher's, from 1, that the student's blocks stand for.
+        tokens: Training text.
+    """
+    inputs = _joined(sample(tokens, NORM_TOKENS)).to(teacher.words.device)
+    with torch.no_grad():
+        s_PnD = _directions(student, inputs, range(student.depth + 1))
+        t_PnE = _directions(teacher, inputs, (0, *layers))
+    U, _, W = torch.linalg.svd(torch.einsum("pne,pnd->ed", t_PnE, s_PnD), full_matrices=False)
+    P: Tensor = U @ W
+    return P.float().cpu()
+
+
+def _directions(model: Encoder, inputs: Inputs, places: Sequence[int]) -> Tensor:
+    """Return the hidden states of real tokens, of length 1, ``(places, n, width)``."""
+    states = model(inputs, Needs(hidden_states=frozenset(places))).hidden_states
+    mask_BS = inputs.attention_mask.bool()
+    found = torch.stack([states[place][mask_BS] for place in places]).double()
+    return nn.functional.normalize(found, dim=-1)
+
+
 def _require_narrower(teacher: Encoder, student: Encoder) -> None:
     wider = _wider(teacher, student.width, student.heads, ffn_width(student.config))
     if wider:

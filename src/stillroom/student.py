@@ -129,7 +129,8 @@ def build(
         seed: Everything that starts at random starts from this.
         init: `random`; `teacher`: its layers, copied; `pca`: its layers, folded into fewer dimensions
             (`start.fold`); or a checkpoint of the student's shape; `auto` as `resolve_start` says.
-        tokens: Training text as the teacher tokenises it, which `pca` looks at.
+        tokens: Training text as the teacher tokenises it, which `pca` looks at, and the basis of a narrower
+            checkpoint.
 
     Raises:
         WrongInput: If the text fits none of the three, the layers are not the teacher's, or the student
@@ -144,7 +145,7 @@ def build(
                     f"The student {text} is a checkpoint and starts from its own weights: leave out "
                     f"init={init}, or give the student a size such as 4x312."
                 )
-            return encoder.load_like(text, teacher, task)
+            return _aligned(encoder.load_like(text, teacher, task), teacher, tokens)
         kept = layers or ()
         if layers is not None:
             _require_layers(layers, teacher)
@@ -161,7 +162,7 @@ def build(
         if same and init in ("teacher", "pca"):
             return _copy_layers(kept, teacher, task)
         if init not in ("random", "pca"):
-            return _from_checkpoint(init, text, shape, teacher, task)
+            return _aligned(_from_checkpoint(init, text, shape, teacher, task), teacher, tokens)
         made = _from_size(shape, teacher, task, kept)
         if init == "pca":
             if tokens is None:
@@ -205,6 +206,16 @@ def _from_checkpoint(place: str, text: str, shape: Size, teacher: Encoder, task:
             f"The tokenizer of init={place} is not the teacher's, so its word embeddings belong to other "
             "tokens. Give a checkpoint that was made with this teacher's tokenizer."
         )
+    return made
+
+
+def _aligned(made: Encoder, teacher: Encoder, tokens: TokenisedRows | None) -> Encoder:
+    """Return a narrower checkpoint with the basis on which its states are nearest to the teacher's."""
+    narrower = made.width < teacher.width and made.depth <= teacher.depth
+    if tokens is not None and narrower and fingerprint(made.tokenizer) == fingerprint(teacher.tokenizer):
+        made.to(teacher.words.device)
+        made.basis = start.align(teacher, made, _spread(made.depth, teacher), tokens)
+        made.to("cpu")
     return made
 
 

@@ -33,7 +33,7 @@ class Encoder(nn.Module):
         self.packed = True
         """Whether a pass may leave the padding out, where batch and device allow it."""
         self.basis: Tensor | None = None
-        """P, `(E, D)` float32, if this was folded from a teacher of width E (`start.fold`)."""
+        """P, `(E, D)` float32, if states stand for a wider teacher's (`start.fold`, `start.align`)."""
 
     @property
     def config(self) -> Any:

@@ -29,8 +29,8 @@ class Context:
     teacher_depth: int
     teacher_width: int
     basis: Tensor | None = None
-    """P, `(teacher width, student width)`, of a student that was folded from its teacher: its state stands
-    for ``P^T h`` of the teacher's h, so that P is where a projection starts."""
+    """P, `(teacher width, student width)`, where a student's state stands for ``P^T h`` of the teacher's h:
+    projections start there. None where nothing is known."""
     labels: np.ndarray | None = None
     """Labels of the training rows, as in `Rows`, for terms that draw rows by label."""
 
