@@ -268,6 +268,10 @@ class OutOfDomainSettings(Settings):
         return values
 
 
+_MOST_SEEDS = 1_000
+"""Far more than anyone compares, and few enough to write down."""
+
+
 class Comparison(_RecipeFile):
     """All of a comparison: every student by every method and every seed. Saved as `compare.yaml`."""
 
@@ -291,8 +295,13 @@ class Comparison(_RecipeFile):
             values = dict(values)
             if isinstance(values.get("methods"), list | tuple):
                 values["methods"] = {str(text): str(text) for text in values["methods"]}
-            if isinstance(values.get("seeds"), int):
-                values["seeds"] = list(range(values["seeds"]))
+            count = values.get("seeds")
+            if isinstance(count, int):
+                if count > _MOST_SEEDS:
+                    raise ValueError(
+                        f"seeds should be at most {_MOST_SEEDS:,} of each run, found {count:,}"
+                    )
+                values["seeds"] = list(range(count))
             if isinstance(values.get("training"), Mapping) and "seed" in values["training"]:
                 raise ValueError("a comparison has `seeds`, expected no training.seed")
         return values

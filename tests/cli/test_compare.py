@@ -356,6 +356,11 @@ def test_short_forms_stand_for_long_ones() -> None:
     assert short == long
 
 
+def test_a_number_of_seeds_that_cannot_be_meant_is_refused() -> None:
+    with pytest.raises(WrongInput, match="seeds should be at most 1,000 of each run, found 10,000,000,000"):
+        Comparison.load(teacher="t", dataset="d", methods=["kd"], seeds=10**10)
+
+
 @pytest.mark.slow
 def test_no_run_is_handed_out_twice(tmp_path: Path) -> None:
     """SQLite has no row locks: workers that look at the same moment would get the same run."""
