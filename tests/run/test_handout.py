@@ -1,4 +1,4 @@
-"""Processes that do runs: what they make of Ctrl-C, and which GPU they see."""
+"""Who does which run, and processes that do them: what they make of Ctrl-C, and which GPU they see."""
 
 import os
 import signal
@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
+from rich.console import Console
 
-from stillroom.run.handout import _deaf, in_processes
+from stillroom.provenance import METRICS
+from stillroom.run.handout import Handout, _deaf, in_processes
 
 _SAYS = [sys.executable, "-c", "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"]
 
@@ -51,3 +54,27 @@ def test_workers_share_the_gpus(
     in_processes(3, _note_what_is_seen, tmp_path)
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == [f"1 {name}" for name in seen]
     assert dict(os.environ) == before
+
+
+def test_runs_of_another_command_on_the_folder_are_left_to_it(tmp_path: Path) -> None:
+    done: list[tuple[str, str, float]] = []
+
+    def taker(command: str, *names: str) -> Handout:
+        def do(name: str, trial: optuna.Trial, _: Console) -> float:
+            x = trial.suggest_float("x", 0, 10)
+            done.append((command, name, x))
+            handout.place(name).mkdir(parents=True)
+            (handout.place(name) / METRICS).write_text("{}")
+            return x
+
+        handout = Handout(tmp_path, names, do)
+        return handout
+
+    first, second = taker("first", "a", "b"), taker("second", "c", "d")
+    second.enqueue({"c": {"x": 3.0}, "d": {"x": 4.0}})
+    first.enqueue({"a": {"x": 1.0}, "b": {"x": 2.0}})
+    first.work(Console(quiet=True))
+    assert done == [("first", "a", 1.0), ("first", "b", 2.0)]
+    second.work(Console(quiet=True))
+    assert sorted(done[2:]) == [("second", "c", 3.0), ("second", "d", 4.0)]
+    assert not first.missing() and not second.missing()

@@ -105,7 +105,9 @@ class Handout:
         while self.missing():
             with _experimental():
                 optuna.storages.fail_stale_trials(self.study)
-            states = {trial.state for trial in self.study.get_trials(deepcopy=False)}
+            trials = self.study.get_trials(deepcopy=False)
+            # Another command on the same folder may have runs of its own there.
+            states = {trial.state for trial in trials if trial.user_attrs.get("run") in self.names}
             if TrialState.WAITING in states:
                 objective = functools.partial(self._objective, console=console)
                 self.study.optimize(objective, n_trials=1, catch=(StillroomError,))
@@ -117,7 +119,11 @@ class Handout:
     def _objective(self, trial: optuna.Trial, console: Console) -> Any:
         name = trial.user_attrs.get("run")
         if name not in self.names:
-            # Another process took the last one meanwhile, or the run is of another command's part.
+            # Another process took the last one meanwhile.
+            if name is not None:
+                # Or it is a run of another command, to which it goes back.
+                given = self.study.get_trials(deepcopy=False)[trial.number].system_attrs
+                self.study.enqueue_trial(given.get("fixed_params", {}), user_attrs={"run": name})
             raise optuna.TrialPruned
         trial.set_user_attr("machine", platform.node())
         try:
