@@ -108,7 +108,10 @@ def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert (tmp_path / "runs/student/student/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("figures", ["results.json", "results_gpu.json", "results_starts.json"])
+@pytest.mark.parametrize(
+    "figures",
+    ["results.json", "results_gpu.json", "results_starts.json", "results_mnli.json", "results_long.json"],
+)
 def test_result_tables_are_the_committed_figures(figures: str) -> None:
     """A table that was typed, or not made again, would show figures that no run gave."""
     script = ROOT / "benchmarks" / "results.py"
