@@ -210,9 +210,17 @@ def _from_checkpoint(place: str, text: str, shape: Size, teacher: Encoder, task:
 
 
 def _aligned(made: Encoder, teacher: Encoder, tokens: TokenisedRows | None) -> Encoder:
-    """Return a narrower checkpoint with the basis on which its states are nearest to the teacher's."""
-    narrower = made.width < teacher.width and made.depth <= teacher.depth
-    if tokens is not None and narrower and fingerprint(made.tokenizer) == fingerprint(teacher.tokenizer):
+    """Return a narrower checkpoint with the basis on which its states are nearest to the teacher's.
+
+    It has none if its states are not those of the same tokens, or are of more layers.
+    """
+    if (
+        tokens is not None
+        and made.width < teacher.width
+        and made.depth <= teacher.depth
+        and tokens.lengths.max() <= made.positions
+        and fingerprint(made.tokenizer) == fingerprint(teacher.tokenizer)
+    ):
         made.to(teacher.words.device)
         made.basis = start.align(teacher, made, _spread(made.depth, teacher), tokens)
         made.to("cpu")
