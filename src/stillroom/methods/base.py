@@ -28,11 +28,11 @@ class Context:
     student_width: int
     teacher_depth: int
     teacher_width: int
+    labels: np.ndarray | None = None
+    """Labels of the training rows, as in `Rows`, for terms that draw rows by label."""
     basis: Tensor | None = None
     """P, `(teacher width, student width)`, where a student's state stands for ``P^T h`` of the teacher's h:
     projections start there. None where nothing is known."""
-    labels: np.ndarray | None = None
-    """Labels of the training rows, as in `Rows`, for terms that draw rows by label."""
 
 
 class Term(nn.Module, ABC):
