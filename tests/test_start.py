@@ -271,11 +271,12 @@ def test_a_narrower_checkpoint_is_turned_nearest_to_its_teacher(tmp_path: Path) 
             assert distance(P) < distance(Q * R.diagonal().sign())
 
 
-@pytest.mark.parametrize("case", ["as wide", "deeper", "no text", "reads less"])
+@pytest.mark.parametrize("case", ["as wide", "deeper", "no text", "reads less", "other tokens"])
 def test_a_checkpoint_whose_states_cannot_be_compared_has_no_basis(tmp_path: Path, case: str) -> None:
     teacher = make_encoder(task=TASK, layers=2, width=24)
     width, layers = 24 if case == "as wide" else 12, 3 if case == "deeper" else 2
-    other = make_encoder(task=TASK, layers=layers, width=width)
+    family = "roberta" if case == "other tokens" else "bert"
+    other = make_encoder(family, task=TASK, layers=layers, width=width)
     if case == "reads less":
         places: Any = other.model.get_submodule("bert.embeddings.position_embeddings")
         places.weight = torch.nn.Parameter(places.weight[:4].clone())

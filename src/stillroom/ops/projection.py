@@ -13,7 +13,7 @@ def start_unturned(matrix: Tensor, basis_ED: Tensor | None = None) -> None:
 
     Args:
         matrix: Two axes, the widths in either order. Filled in place.
-        basis_ED: P, teacher width by student width, with orthonormal columns, if the student was folded.
+        basis_ED: P, teacher width by student width, with orthonormal columns, where one is known.
 
     Example:
         >>> matrix = torch.empty(2, 2)
