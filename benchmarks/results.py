@@ -22,6 +22,7 @@ import contextlib
 import json
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -501,16 +502,8 @@ def heads_of(tasks: dict) -> list[str]:
     return [f"{task} ({entry['metric']})" for task, entry in tasks.items()]
 
 
-def row(name: str, students: Sequence[dict | None]) -> list[str]:
-    """Return the cells of a method: each task, and the mean share of the teacher kept."""
-    shares = [student["kept"] for student in students if student is not None]
-    whole = shares and len(shares) == len(students)
-    mean = f"{100 * sum(shares) / len(shares):.1f} %" if whole else "-"
-    return [name, *map(cell, students), mean]
-
-
 def shares(tasks: dict, names: Sequence[str]) -> list[str]:
-    """Return the share of the teacher that each student kept of all tasks, side by side.
+    """Return what each student kept of all tasks, side by side.
 
     Of each method over the seeds that all of its students have on all tasks, so that a row compares.
     """
@@ -526,28 +519,34 @@ def shares(tasks: dict, names: Sequence[str]) -> list[str]:
     for method, made in found.items():
         seeds = set.intersection(*(set(one["seeds"]) for each in made.values() for one in each))
         if seeds:
-            rows.append([method, *(kept(tasks, made.get(name), seeds) for name in shown), str(len(seeds))])
-    return table(["kept of all tasks", *shown, "seeds"], rows)
+            cells = (" / ".join(kept(tasks, made[name], seeds)) if name in made else "-" for name in shown)
+            rows.append([method, *cells, str(len(seeds))])
+    return table(["kept / of the mean", *shown, "seeds"], rows)
 
 
-def kept(tasks: dict, found: Sequence[dict] | None, seeds: set[str]) -> str:
-    """Return the mean share of the teacher kept over tasks and seeds."""
-    if found is None:
-        return "-"
-    shares = [
-        one["seeds"][seed][entry["metric"]] / entry["teacher"]["metrics"][entry["metric"]]
+def kept(tasks: dict, found: Sequence[dict], seeds: set[str] | None = None) -> tuple[str, str]:
+    """Return the mean over tasks of the share kept, and the papers' figure, the share of the teacher's mean.
+
+    A task on which the teacher scores low weighs as much as any in the first, and less in the second.
+    """
+    teacher = [entry["teacher"]["metrics"][entry["metric"]] for entry in tasks.values()]
+    student = [
+        statistics.mean(one["seeds"][seed][entry["metric"]] for seed in seeds or one["seeds"])
         for entry, one in zip(tasks.values(), found, strict=True)
-        for seed in seeds
     ]
-    return f"{100 * sum(shares) / len(shares):.1f} %"
+    each = statistics.mean(mine / its for mine, its in zip(student, teacher, strict=True))
+    return f"{100 * each:.1f} %", f"{100 * sum(student) / sum(teacher):.1f} %"
 
 
 def quality(tasks: dict, methods: dict, names: Sequence[str]) -> list[str]:
-    """Return each method's mean and spread on each task, and the share of the teacher kept."""
+    """Return each method's mean and spread on each task, and what is kept of all."""
     teacher = [f"{100 * entry['teacher']['metrics'][entry['metric']]:.1f}" for entry in tasks.values()]
-    rows = [["teacher", *teacher, "100 %"]]
-    rows += [row(name, [methods[task].get(name) for task in tasks]) for name in names]
-    return table(["", *heads_of(tasks), "kept"], rows)
+    rows = [["teacher", *teacher, "100 %", "100 %"]]
+    for name in names:
+        students = [methods[task].get(name) for task in tasks]
+        whole = ("-", "-") if None in students else kept(tasks, students)
+        rows.append([name, *map(cell, students), *whole])
+    return table(["", *heads_of(tasks), "kept", "of the mean"], rows)
 
 
 def differences(tasks: dict, methods: dict, names: Sequence[str]) -> list[str]:

@@ -65,10 +65,27 @@ def test_methods_are_measured_from_every_start(run: Callable[..., str], tmp_path
     figures = tmp_path / "figures.json"
     figures.write_text(printed, encoding="utf-8")
     tables = run("--markdown", str(figures))
-    shares = [f"{100 * made[name]['methods']['kd']['kept']:.1f} %" for name in names]
+    # Of one task both ways to count are one.
+    shares = [f"{(share := 100 * made[name]['methods']['kd']['kept']):.1f} % / {share:.1f} %" for name in names]
     # No kd has read augmented rows.
     assert f"| kd | {' | '.join(shares)} | - | 1 |" in tables
     assert f"**{names[2]}**" in tables and "| minus none | sst2 (accuracy) |" in tables
+
+
+def test_what_is_kept_of_several_tasks_is_counted_both_ways() -> None:
+    script = importlib.import_module("results")
+    tasks = {
+        name: {"metric": "mcc", "teacher": {"metrics": {"mcc": score}}}
+        for name, score in (("a", 0.8), ("b", 0.2))
+    }
+    found = [
+        {"seeds": {"0": {"mcc": 0.5}, "1": {"mcc": 0.3}}},
+        {"seeds": {"0": {"mcc": 0.2}, "1": {"mcc": 0.1}}},
+    ]
+    # Seed 0: (0.5 / 0.8 + 0.2 / 0.2) / 2, and (0.5 + 0.2) / (0.8 + 0.2).
+    assert script.kept(tasks, found, {"0"}) == ("81.2 %", "70.0 %")
+    # Both: means 0.4 and 0.15.
+    assert script.kept(tasks, found) == ("62.5 %", "55.0 %")
 
 
 def test_a_failed_run_is_named_after_the_rest_is_done(
