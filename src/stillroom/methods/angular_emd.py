@@ -76,6 +76,11 @@ def cos_nce_costs(
 
     Returns:
         Shape ``(L, M)``, unitless, in [0, 4].
+
+    Example:
+        >>> states = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+        >>> cos_nce_costs(states[None], torch.stack([states, states.flip(0)]), torch.ones(2, 1)).tolist()
+        [[0.5, 2.5]]
     """
     (L, B), (M, G) = student_LBSE.shape[:2], teacher_MGSE.shape[:2]
     mask_GS = mask_BS if mask_GS is None else mask_GS

@@ -71,6 +71,14 @@ def nce_official(scores_BK: Tensor, Z: Tensor, rows: int) -> Tensor:
         scores_BK: ``exp(cosine / tau)``, shape ``(B, 1 + K)``, positive first; gradients flow here.
         Z: The normaliser, a constant.
         rows: N, rows of the bank.
+
+    Returns:
+        Scalar.
+
+    Example:
+        >>> loss = nce_official(torch.ones(1, 2), torch.tensor(2.0), rows=2)
+        >>> round(loss.item() / math.log(2), 4)
+        2.0
     """
     P = scores_BK / Z
     positive_B, negative_BK = P[:, 0], P[:, 1:]
@@ -105,6 +113,14 @@ def draws_needed(count: int, pool: int) -> int:
     """Return how many draws hold `count` different ones of `pool`, but for a chance below 1e-9.
 
     Mean, eight standard deviations and the tail of the slowest wait of collecting coupons.
+
+    Args:
+        count: How many different ones are wanted, at most `pool`.
+        pool: How many there are, drawn uniformly with replacement.
+
+    Example:
+        >>> draws_needed(100, 100_000), draws_needed(100, 101)
+        (127, 2309)
     """
     seen = np.arange(count)
     mean = float((pool / (pool - seen)).sum())

@@ -19,7 +19,20 @@ EPS = 1e-12
 
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``g(x, y) = 1 - x.y / (|x| |y|)``, formula (2), in [0, 2]; norms clamped at 1e-12."""
+    """Return ``g(x, y) = 1 - x.y / (|x| |y|)``, formula (2), in [0, 2]; norms clamped at 1e-12.
+
+    Args:
+        x: Vectors along the last axis; gradients flow here.
+        y: The same, of a shape that broadcasts with that of `x`; gradients flow here too.
+
+    Returns:
+        The shape of both without the last axis.
+
+    Example:
+        >>> others = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-3.0, 0.0]])
+        >>> angular_distance(torch.tensor([1.0, 0.0]), others).tolist()
+        [0.0, 1.0, 2.0]
+    """
     return 1 - (F.normalize(x, dim=-1, eps=EPS) * F.normalize(y, dim=-1, eps=EPS)).sum(-1)
 
 
@@ -56,8 +69,21 @@ def cos_nce(student_BE: Tensor, teacher_BE: Tensor, negatives_BKE: Tensor) -> Te
 def cos_nce_of_cosines(cosine_LBG: Tensor, negative_BG: Tensor, first: int = 0) -> Tensor:
     """Return COS-NCE of each anchor from all cosines: ``2 - 1.5 c_aa + 0.5 mean_b c_ab``.
 
-    The closed form of formula (1). ``negative_BG`` is 1 where row b is a negative of anchor a; an
-    anchor without any keeps its positive part, as if its negatives were orthogonal to it.
+    The closed form of formula (1). An anchor without any negative keeps its positive part, as if its
+    negatives were orthogonal to it.
+
+    Args:
+        cosine_LBG: Cosine of anchor a and teacher row b, axes before them are kept; gradients flow here.
+        negative_BG: 1 where row b is a negative of anchor a, else 0.
+        first: Which column is the first anchor's own row.
+
+    Returns:
+        Shape ``(L, B)``.
+
+    Example:
+        >>> cosines = torch.tensor([[[1.0, 0.0], [1.0, -1.0]]])
+        >>> cos_nce_of_cosines(cosines, torch.tensor([[0.0, 1.0], [1.0, 0.0]])).tolist()
+        [[0.5, 4.0]]
     """
     positive_LB = cosine_LBG.diagonal(first, dim1=-2, dim2=-1)
     count_B = negative_BG.sum(-1).clamp(min=1)
@@ -87,6 +113,12 @@ def pooled_cos_nce(student_LBE: Tensor, teacher_LBE: Tensor, all_LGE: Tensor | N
 
     Returns:
         Shape ``(L, B)``; equal to formula (1) to rounding.
+
+    Example:
+        >>> student = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+        >>> teacher = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+        >>> pooled_cos_nce(student, teacher).tolist()
+        [[0.5, 2.5]]
     """
     s = F.normalize(student_LBE, dim=-1, eps=EPS)
     t = F.normalize(teacher_LBE.detach(), dim=-1, eps=EPS)
@@ -112,6 +144,12 @@ def token_cosines(
 
     Returns:
         Shape ``(L, B, G)``, anchors in rows, teacher rows in columns.
+
+    Example:
+        >>> student = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [9.0, 9.0]]]])
+        >>> teacher = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [9.0, 9.0]]]])
+        >>> token_cosines(student, teacher, torch.tensor([[1, 1], [1, 0]])).tolist()
+        [[[0.5, 0.0], [1.0, 0.0]]]
     """
     mask_GS = mask_BS if mask_GS is None else mask_GS
     u, v = unit_tokens(student_LBSE, mask_BS), unit_tokens(teacher_LGSE.detach(), mask_GS)
@@ -120,7 +158,19 @@ def token_cosines(
 
 
 def unit_tokens(states_LBSE: Tensor, mask_BS: Tensor) -> Tensor:
-    """Return each real token's state at length 1, and 0 on padding; norms clamped at 1e-12."""
+    """Return each real token's state at length 1, and 0 on padding; norms clamped at 1e-12.
+
+    Args:
+        states_LBSE: Token states, finite on padding too; gradients flow here.
+        mask_BS: 1 on real tokens.
+
+    Returns:
+        The shape of the states.
+
+    Example:
+        >>> unit_tokens(torch.tensor([[[[0.0, 4.0], [9.0, 9.0]]]]), torch.tensor([[1, 0]])).tolist()
+        [[[[0.0, 1.0], [0.0, 0.0]]]]
+    """
     lengths_LBS = torch.linalg.vector_norm(states_LBSE, dim=-1).clamp(min=EPS)
     # One product instead of two: mask and length are both numbers per token.
     scale_LBS = mask_BS.to(states_LBSE.dtype) / lengths_LBS
