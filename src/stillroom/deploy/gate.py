@@ -58,6 +58,10 @@ class Verdict:
     """What a form scores. `drop` is in points of the task's first metric, or None without a number.
 
     A drop below zero is a gain.
+
+    Example:
+        >>> [Verdict({"accuracy": 0.9}, drop).passes(0.5) for drop in (-1.0, 0.5, 0.6, None)]
+        [True, True, False, False]
     """
 
     metrics: dict[str, float]

@@ -13,7 +13,16 @@ PROBLEM_TYPES: dict[Kind, str] = {
 
 
 def describe_task(config: Any, task: Task) -> None:
-    """Write the task's label names, width and kind into a configuration."""
+    """Write the task's label names, width and kind into a configuration.
+
+    Example:
+        >>> from stillroom.data.tasks import GLUE
+        >>> from transformers import BertConfig
+        >>> config = BertConfig()
+        >>> describe_task(config, GLUE["glue/stsb"])
+        >>> config.num_labels, config.id2label, config.problem_type
+        (1, {0: 'score'}, 'regression')
+    """
     names = task.labels or ("score",)
     config.id2label = dict(enumerate(names))
     config.label2id = {label: i for i, label in enumerate(names)}

@@ -23,7 +23,24 @@ Head = Literal["classification", "masked-lm", "none"]
 
 
 class Encoder(nn.Module):
-    """A model, with its tokenizer and the kind of its head. `forward` returns what `Needs` names."""
+    """A model, with its tokenizer and the kind of its head. `forward` returns what `Needs` names.
+
+    Args:
+        model: Of transformers.
+        tokenizer: What `save` and the tokenising of rows use; a forward pass does not.
+        head: The kind of the model's head.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(
+        ...     vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8
+        ... )
+        >>> encoder = Encoder(BertForSequenceClassification(config), tokenizer=None)
+        >>> ids = torch.tensor([[2, 7, 3]])
+        >>> found = encoder(Inputs(ids, torch.ones_like(ids), None), Needs(hidden_states=frozenset({1})))
+        >>> found.logits.shape, found.hidden_states[1].shape
+        (torch.Size([1, 2]), torch.Size([1, 3, 8]))
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, head: Head = "classification"):
         super().__init__()

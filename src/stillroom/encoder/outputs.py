@@ -24,6 +24,12 @@ class Needs:
     `pooled_states` are indices of hidden states, each with how it is pooled.
     `padding` says that states and scores are read where the padding is too: they then belong to a
     batch and not to its rows, and cannot be recorded.
+
+    Example:
+        >>> pooled = Needs(pooled_states=frozenset({("cls", 3)}))
+        >>> both = Needs(logits=True, hidden_states=frozenset({2})) | pooled
+        >>> both.logits, sorted(both.states)
+        (True, [2, 3])
     """
 
     logits: bool = False

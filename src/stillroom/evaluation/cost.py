@@ -19,7 +19,12 @@ _WARMUP = 5
 
 
 def parameters(encoder: Encoder) -> tuple[int, int]:
-    """Return the number of parameters, and of those outside embedding tables."""
+    """Return the number of parameters, and of those outside embedding tables.
+
+    Example:
+        >>> parameters(Encoder(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2)), tokenizer=None))
+        (50, 10)
+    """
     total = sum(p.numel() for p in encoder.parameters())
     tables = {id(m.weight): m.weight for m in encoder.modules() if isinstance(m, nn.Embedding)}
     return total, total - sum(weight.numel() for weight in tables.values())

@@ -83,6 +83,11 @@ class LabelMap:
 
         Returns:
             float32, one column for each class.
+
+        Example:
+            >>> counts = LabelMap(("entailment", "other"), (0, 1), (0, 1, 1))
+            >>> counts.logits(np.array([[2.0, 1.0, 3.0]])).tolist()
+            [[2.0, 3.0]]
         """
         found = np.full((len(logits_NC), len(self.classes)), -np.inf, dtype=np.float32)
         for label, number in enumerate(self.model):

@@ -44,7 +44,13 @@ more, micro for multi-label; multi-label accuracy counts rows with every label r
 
 
 def predictions(logits: np.ndarray, kind: Kind) -> np.ndarray:
-    """Return the predicted class `(N,)`, value `(N,)` or labels `(N, C)` (logit above 0)."""
+    """Return the predicted class `(N,)`, value `(N,)` or labels `(N, C)` (logit above 0).
+
+    Example:
+        >>> logits = np.array([[0.5, 2.0], [-1.0, -3.0]])
+        >>> predictions(logits, "classification").tolist(), predictions(logits, "multi-label").tolist()
+        ([1, 0], [[1, 1], [0, 0]])
+    """
     if kind == "classification":
         return np.asarray(logits.argmax(-1))
     return logits[:, 0] if kind == "regression" else (logits > 0).astype(np.int64)

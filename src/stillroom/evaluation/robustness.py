@@ -114,7 +114,12 @@ PERTURBATIONS: dict[str, Callable[[str], str]] = {
 
 
 def perturbed(rows: Rows, perturb: Callable[[str], str]) -> Rows:
-    """Return the rows with every text perturbed and the labels as they are."""
+    """Return the rows with every text perturbed and the labels as they are.
+
+    Example:
+        >>> perturbed(Rows("made", (["A film"],), np.array([1])), str.upper).texts
+        (['A FILM'],)
+    """
     return replace(rows, texts=tuple([perturb(text) for text in column] for column in rows.texts))
 
 

@@ -46,19 +46,41 @@ METHODS[mixture.NAME] = mixture.of(dict(METHODS))
 
 
 def find(name: str) -> Method:
-    """Return a method by name, or raise `WrongInput` that names the nearest."""
+    """Return a method by name, or raise `WrongInput` that names the nearest.
+
+    Example:
+        >>> find("pkd").paper
+        'Sun et al. 2019, arXiv 1908.09355'
+    """
     if name not in METHODS:
         raise WrongInput(f"Unknown method {name!r}.{nearest(name, list(METHODS))}")
     return METHODS[name]
 
 
 def settings_of(given: MethodSettings) -> Settings:
-    """Return the method's own settings, checked, or raise `WrongInput` with the wrong key."""
+    """Return the method's own settings, checked, or raise `WrongInput` with the wrong key.
+
+    Example:
+        >>> settings_of(MethodSettings(name="kd", temperature=4))
+        KDSettings(temperature=4.0, soft_weight=0.5)
+    """
     return validate(find(given.name).settings, given.options, section="method")
 
 
 def build(given: MethodSettings, context: Context) -> Plan:
-    """Return the plan of the named method in this context."""
+    """Return the plan of the named method in this context.
+
+    Projections and banks start from torch's random state.
+
+    Raises:
+        WrongInput: If the method or an option is unknown, or they do not fit the context.
+
+    Example:
+        >>> context = Context("classification", 2, 100, 2, 16, 4, 24)
+        >>> plan = build(MethodSettings(name="lrc-bert", switch=0.5), context)
+        >>> [(stage.start, dict(stage.weights)) for stage in plan.stages]
+        [(0.0, {'cos_nce': 1.0}), (0.5, {'cos_nce': 1.0, 'soft': 1.0, 'hard': 3.0})]
+    """
     return find(given.name).build(settings_of(given), context)
 
 
@@ -84,7 +106,12 @@ def spelt_out(given: MethodSettings) -> MethodSettings:
 
 
 def training_defaults(name: str, given: TrainingSettings) -> dict[str, Any]:
-    """Return the method's own values of what `given` leaves open."""
+    """Return the method's own values of what `given` leaves open.
+
+    Example:
+        >>> training_defaults("angular-emd", TrainingSettings(epochs=2))
+        {'batch_size': 16}
+    """
     return {k: value for k, value in find(name).training.items() if k not in given.model_fields_set}
 
 

@@ -41,6 +41,16 @@ class Term(nn.Module, ABC):
     Projections are parameters, memory banks are buffers, so both train, move and checkpoint with
     the term; none of it is saved with the student. Inputs are float32, autocast is off: only a
     projection may be multiplied in bf16.
+
+    Example:
+        >>> class LogitDistance(Term):
+        ...     student_needs = teacher_needs = Needs(logits=True)
+        ...
+        ...     def forward(self, student, teacher, batch):
+        ...         return (student.logits - teacher.logits).square().mean()
+        >>> plan = Plan({"distance": LogitDistance()}, (Stage(0.0, {"distance": 1.0}),))
+        >>> plan.teacher_needs(plan.stages[0]).logits
+        True
     """
 
     student_needs: Needs = Needs()

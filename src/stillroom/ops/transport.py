@@ -218,7 +218,16 @@ def _softmax(x: Array) -> Array:
 
 @dataclass(frozen=True)
 class MassUpdate:
-    """How masses change after a step."""
+    """How masses change after a step: a layer that is cheap to move gets more of the mass.
+
+    Example:
+        >>> update = MassUpdate("B", temperature=1.0, floor=1e-12, coupled=False)
+        >>> even = np.array([[0.5, 0.5]])
+        >>> flow, cost = np.array([[[0.5, 0.0], [0.0, 0.5]]]), np.array([[[1.0, 9.0], [9.0, 3.0]]])
+        >>> student, teacher, floored = update(flow, cost, even, even)
+        >>> student.tolist(), teacher.tolist(), floored
+        ([[0.75, 0.25]], [[0.75, 0.25]], [False])
+    """
 
     rule: MassRule
     temperature: float
@@ -264,6 +273,13 @@ class LayerMasses(nn.Module):
         student_depth: L.
         teacher_depth: M.
         update: How they change; None keeps them uniform.
+
+    Example:
+        >>> masses = LayerMasses(("states",), 2, 2, MassUpdate("B", 1.0, 1e-12, coupled=False))
+        >>> flow = masses.flows(torch.tensor([[[1.0, 9.0], [9.0, 3.0]]]))
+        >>> masses.advance()
+        >>> masses.student.tolist(), masses.record()["states"]["emd"]
+        ([[0.75, 0.25]], 2.0)
     """
 
     student: Tensor
