@@ -238,8 +238,10 @@ def main() -> None:
     taught = set()
     for name in chosen:
         student = model_of(student_size, tokenizer, dataset)
-        sizes = (student.depth, student.width, teacher.encoder.depth, teacher.encoder.width)
-        context = Context(dataset.task.kind, dataset.task.outputs, len(rows), *sizes, rows.labels)
+        kind, classes = dataset.task.kind, dataset.task.outputs
+        context = Context.of(
+            student, teacher.encoder, kind=kind, classes=classes, rows=len(rows), labels=rows.labels
+        )
         steps[name], runs = stepper(known[name], context, student, teacher, bf16=bf16)
         if runs:
             taught.add(name)

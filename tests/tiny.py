@@ -191,9 +191,8 @@ def make_plan(
     **options: Any,
 ) -> Plan:
     """Return a method's plan for these two; its projections start from `seed`."""
-    sizes = (student.depth, student.width, teacher.depth, teacher.width)
     count, labels = (rows, None) if isinstance(rows, int) else (len(rows), rows.labels)
-    context = Context(task.kind, task.outputs, count, *sizes, labels)
+    context = Context.of(student, teacher, kind=task.kind, classes=task.outputs, rows=count, labels=labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return methods.build(MethodSettings(name=method, **options), context)

@@ -116,8 +116,17 @@ class Inputs:
             None if layout is None else layout.to(device),
         )
 
-    def take(self, rows: slice) -> "Inputs":
-        """Return some of the rows, as wide as they are, and no words to guess."""
+    def take(self, rows: slice | Tensor) -> "Inputs":
+        """Return some of the rows, as wide as they are, and no words to guess.
+
+        Args:
+            rows: A slice, or row numbers, shape `(n,)`.
+
+        Example:
+            >>> inputs = Inputs(torch.tensor([[2, 7], [2, 8], [2, 9]]), torch.ones(3, 2), None)
+            >>> inputs.take(torch.tensor([2, 0])).input_ids.tolist()
+            [[2, 9], [2, 7]]
+        """
         types = self.token_type_ids
         return Inputs(
             self.input_ids[rows], self.attention_mask[rows], None if types is None else types[rows]

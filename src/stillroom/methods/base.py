@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from stillroom.data.batching import Batch
 from stillroom.data.tasks import Kind
-from stillroom.encoder import Needs, Outputs, sum_needs
+from stillroom.encoder import Encoder, Needs, Outputs, sum_needs
 from stillroom.processes import Unit
 from stillroom.recipe import Settings
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know of the run it is built for."""
+    """What a method may know of the run it is built for. `of` reads most of it off the two encoders."""
 
     kind: Kind
     classes: int
@@ -33,6 +33,54 @@ class Context:
     basis: Tensor | None = None
     """P, `(teacher width, student width)`, where a student's state stands for ``P^T h`` of the teacher's h:
     projections start there. None where nothing is known."""
+
+    @classmethod
+    def of(
+        cls,
+        student: Encoder,
+        teacher: Encoder,
+        *,
+        kind: Kind,
+        classes: int,
+        rows: int,
+        labels: np.ndarray | None = None,
+    ) -> "Context":
+        """Return the context of these two encoders.
+
+        Args:
+            student: Gives its depth, its width, and the basis if it has one.
+            teacher: Gives its depth and width.
+            kind: Of the task.
+            classes: Width of the logits.
+            rows: How many training rows there are.
+            labels: Of these rows, shape `(rows,)` or for multi-label `(rows, classes)`.
+
+        Raises:
+            ValueError: If there are not as many labels as rows.
+
+        Example:
+            >>> from transformers import BertConfig, BertModel
+            >>> small = {"vocab_size": 9, "num_attention_heads": 2, "intermediate_size": 8}
+            >>> student, teacher = (
+            ...     Encoder(BertModel(BertConfig(hidden_size=4 * n, num_hidden_layers=n, **small)), None)
+            ...     for n in (2, 3)
+            ... )
+            >>> Context.of(student, teacher, kind="classification", classes=2, rows=100).teacher_width
+            12
+        """
+        if labels is not None and len(labels) != rows:
+            raise ValueError(f"expected a label for each of {rows} training rows, found {len(labels)}")
+        return cls(
+            kind,
+            classes,
+            rows,
+            student.depth,
+            student.width,
+            teacher.depth,
+            teacher.width,
+            labels,
+            student.basis,
+        )
 
 
 class Term(nn.Module, ABC):
@@ -175,6 +223,27 @@ class Plan:
                 raise ValueError("terms on augmented rows need an augmentation")
         if self.perturbation is not None and self.augmentation is not None:
             raise ValueError("a plan perturbs or augments its rows, it does not do both")
+
+    def stage_at(self, step: int, steps: int) -> tuple[int, Stage]:
+        """Return the number (from 1) and the stage of a step (from 0) of so many.
+
+        A stage starts at its share of the steps, or where all stages get one. Where there are fewer
+        steps than stages, the last stages start when training is over.
+
+        Example:
+            >>> from stillroom.methods.kd import METHOD, KDSettings
+            >>> terms = METHOD.build(KDSettings(), Context("classification", 2, 8, 2, 4, 4, 4)).terms
+            >>> plan = Plan(terms, (Stage(0.0, {"soft": 1.0}), Stage(0.8, {"hard": 1.0})))
+            >>> [plan.stage_at(step, 10)[0] for step in (0, 7, 8, 9)]
+            [1, 1, 2, 2]
+        """
+        count = len(self.stages)
+        starts = [
+            max(i, min(round(stage.start * steps), steps - (count - i))) if stage.start < 1 else steps
+            for i, stage in enumerate(self.stages)
+        ]
+        number = max(i for i, start in enumerate(starts) if start <= step)
+        return number + 1, self.stages[number]
 
     def used_terms(self) -> dict[str, Term]:
         """Return the terms that some step computes."""

@@ -284,16 +284,9 @@ def _student(recipe: Recipe, teacher: Encoder, dataset: Dataset, tokens: Tokenis
 
 def context_of(dataset: Dataset, made: Encoder, teacher: Encoder) -> Context:
     """Return what a method may know of the run."""
-    return Context(
-        kind=dataset.task.kind,
-        classes=dataset.task.outputs,
-        rows=len(dataset.splits["train"]),
-        student_depth=made.depth,
-        student_width=made.width,
-        teacher_depth=teacher.depth,
-        teacher_width=teacher.width,
-        basis=made.basis,
-        labels=dataset.splits["train"].labels,
+    task, rows = dataset.task, dataset.splits["train"]
+    return Context.of(
+        made, teacher, kind=task.kind, classes=task.outputs, rows=len(rows), labels=rows.labels
     )
 
 

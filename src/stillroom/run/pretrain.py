@@ -165,16 +165,8 @@ class _Parts:
                 f"The student {recipe.student} has another tokenizer than the teacher: the text is read "
                 "once for both. Give a student with the teacher's tokenizer, or a size such as 4x312."
             )
-        context = Context(
-            kind="classification",
-            classes=len(teacher.tokenizer),
-            rows=len(text.train),
-            student_depth=made.depth,
-            student_width=made.width,
-            teacher_depth=teacher.depth,
-            teacher_width=teacher.width,
-            basis=made.basis,
-        )
+        vocabulary, rows = len(teacher.tokenizer), len(text.train)
+        context = Context.of(made, teacher, kind="classification", classes=vocabulary, rows=rows)
         torch.manual_seed(recipe.training.seed)
         plan = methods.build_pretraining(recipe.method, context)
         hide = Hiding(teacher.tokenizer, seed=recipe.training.seed) if method.masked_lm else None

@@ -106,7 +106,7 @@ class Schedule:
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         whole = math.ceil(int(self._starts[-1]) / settings.accumulation)
         self.steps = min(whole, settings.max_steps or whole)
-        self._stages = list(zip(_first_steps(plan.stages, self.steps), plan.stages, strict=True))
+        self._plan = plan
         evaluations = math.ceil(settings.epochs / settings.evaluate_every)
         steps = settings.evaluate_every_steps
         self.evaluation_steps = (
@@ -122,8 +122,7 @@ class Schedule:
 
     def stage(self, step: int) -> tuple[int, Stage]:
         """Return the number (from 1) and the stage of a step (from 0)."""
-        number = max(i for i, (start, _) in enumerate(self._stages) if start <= step)
-        return number + 1, self._stages[number][1]
+        return self._plan.stage_at(step, self.steps)
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step (from 0): a linear rise, then a linear fall to zero, or none."""
@@ -167,17 +166,6 @@ class Schedule:
             batch_size=s.batch_size,
             max_tokens=s.max_tokens,
         )
-
-
-def _first_steps(stages: Sequence[Stage], steps: int) -> list[int]:
-    """Return where each stage starts: at its share of the steps, or where all stages get one.
-
-    Where there are fewer steps than stages, the last stages start when training is over.
-    """
-    return [
-        max(i, min(round(stage.start * steps), steps - (len(stages) - i))) if stage.start < 1 else steps
-        for i, stage in enumerate(stages)
-    ]
 
 
 def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = None) -> Trained:
