@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 from click import Context
 from pydantic import BaseModel
+from transformers import AutoModelForSequenceClassification
 from typer.main import get_command
 from workspace import write_data
 
@@ -106,6 +107,25 @@ def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     exec(compile(text, "README.md", "exec"), {"RATE": ["training.learning_rate=0.01"]})
     assert "of the teacher is kept" in capsys.readouterr().out
     assert (tmp_path / "runs/student/student/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_library_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Every block as it stands, one after the other; what a comment behind `print` says is printed."""
+    page = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == page.count("```") / 2 == 4
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "library.md", "exec"), names)
+        printed = capsys.readouterr().out.splitlines()
+        said = re.findall(r"^print\(.*\)  # (.*)$", block, re.MULTILINE)
+        assert said == printed[: len(said)]
+    assert printed[-1].endswith("% of the teacher is kept")
+    assert all(bool(value.isfinite()) for value in names["loss"].terms.values())
+    for folder in ("student", "runs/student/student"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
 
 
 @pytest.mark.parametrize(
