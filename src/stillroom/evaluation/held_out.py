@@ -58,7 +58,7 @@ def follow(
         masked_lm: Whether the term `hard` is the loss of a masked LM.
     """
     stage = replace(plan.stages[-1], perturb=False)
-    distiller = Distiller(student, plan, bf16=bf16).eval()
+    distiller = Distiller(student, plan, bf16=bf16).to(next(student.parameters()).device).eval()
     totals: dict[str, Tensor] = {}
     count = 0
     matches: dict[str, float] = {}
