@@ -116,7 +116,8 @@ class TrainingSettings(Settings):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Most optimiser steps, where `epochs` would take more: rate and stages then fit these steps."""
     select: Literal["best", "last"] = "best"
-    """Keep the student of the best evaluation, or of the last step."""
+    """Keep the student of the best evaluation, or of the last step. Stages before the head is taught (the
+    first of `lrc-bert` and `tinybert`) are not judged."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many evaluations without a better one. Default: never."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500

@@ -320,7 +320,7 @@ SCORES = [0.1, 0.7, 0.7, 0.2, 0.4]
 @pytest.mark.parametrize(("select", "chosen"), [("best", 1), ("last", 4)])
 def test_selects_the_best_or_the_last(tmp_path: Path, select: str, chosen: int) -> None:
     hashes: list[str] = []
-    job = make_job(tmp_path, epochs=5, select=select, evaluate=scripted(SCORES, hashes))
+    job = make_job(tmp_path, method="kd", epochs=5, select=select, evaluate=scripted(SCORES, hashes))
     trained = run(job)
     assert len(set(hashes)) == 5
     assert weights_hash(job.student.model) == hashes[chosen]
@@ -329,14 +329,41 @@ def test_selects_the_best_or_the_last(tmp_path: Path, select: str, chosen: int) 
 
 def test_patience_stops_after_so_many_evaluations_without_a_better_one(tmp_path: Path) -> None:
     hashes: list[str] = []
-    job = make_job(tmp_path, epochs=50, patience=2, evaluate=scripted(SCORES, hashes))
+    job = make_job(tmp_path, method="kd", epochs=50, patience=2, evaluate=scripted(SCORES, hashes))
     trained = run(job)
     assert len(hashes) == 4 and trained.steps == 24
     assert weights_hash(job.student.model) == hashes[1]
     # Run again, it knows that it is done.
-    again = make_job(tmp_path, epochs=50, patience=2, evaluate=scripted(SCORES, []))
+    again = make_job(tmp_path, method="kd", epochs=50, patience=2, evaluate=scripted(SCORES, []))
     assert run(again) == trained
     assert weights_hash(again.student.model) == hashes[1]
+
+
+@pytest.mark.parametrize("method", ["lrc-bert", "tinybert", "minilm"])
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_stage_before_the_head_is_taught_selects_nothing(
+    method: str, patience: int | None, tmp_path: Path
+) -> None:
+    # A student at chance has one score at every evaluation, and the earliest of equals is the best.
+    job = make_job(
+        tmp_path, method=method, epochs=20, patience=patience, evaluate=lambda encoder: {"score": 0.0}
+    )
+    first = [p.detach().clone() for p in job.student.model.classifier.parameters()]
+    taught = Schedule(job.student_tokens.lengths, job.plan, job.settings)
+    begin = next(s for s in range(taught.steps) if job.plan.student_needs(taught.stage(s)[1]).logits)
+    trained = run(job)
+    assert 0 < begin < trained.best_step <= trained.steps
+    assert patience is None or trained.steps < taught.steps
+    assert all(
+        not torch.equal(old, new)
+        for old, new in zip(first, job.student.model.classifier.parameters(), strict=True)
+    )
+
+
+def test_where_no_stage_teaches_the_head_all_evaluations_select(tmp_path: Path) -> None:
+    hashes: list[str] = []
+    job = make_job(tmp_path, options={"switch": 1}, epochs=5, evaluate=scripted(SCORES, hashes))
+    assert run(job).best_step == 12 and weights_hash(job.student.model) == hashes[1]
 
 
 def without_dropout(encoder: Encoder) -> None:

@@ -251,6 +251,14 @@ class Plan:
         used = used.union(*({*stage.weights, *stage.augmented} for stage in self.stages))
         return {name: term for name, term in self.terms.items() if name in used}
 
+    def head_is_taught(self, number: int) -> bool:
+        """Return whether stage `number` (from 1) or one before it reads the student's logits, if any does.
+
+        Before that its metrics are those of the head that it started with, and select nothing.
+        """
+        taught = [self.student_needs(stage).logits for stage in self.stages]
+        return any(taught[:number]) or not any(taught)
+
     def student_needs(self, stage: Stage) -> Needs:
         """Return what the stage's terms read of the student, on the rows as they are."""
         return sum_needs(self.terms[name].student_needs for name in stage.weights)

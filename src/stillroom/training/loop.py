@@ -284,7 +284,7 @@ def _train(
                 distiller.train()
                 with processes.together():
                     log.write_metrics(progress.step, schedule.epoch(progress.step), metrics)
-                if settings.select == "best":
+                if settings.select == "best" and job.plan.head_is_taught(number):
                     best = _select(progress, metrics, distiller, best)
                 started = time.perf_counter()
             done = progress.step == schedule.steps or _stopped(progress, settings)
