@@ -387,7 +387,7 @@ def test_the_log_holds_flows_and_masses(tmp_path: Path) -> None:
 def test_needs_are_every_layer_and_the_embeddings() -> None:
     term = make_term()
     blocks = frozenset({1, 2})
-    assert term.student_needs == Needs(hidden_states=blocks | {0}, attention_scores=blocks)
+    assert term.student_needs == Needs(hidden_states=blocks | {0}, attention_scores=blocks, padding=True)
     blocks = frozenset({1, 2, 3, 4})
     whole = Needs(hidden_states=blocks | {0}, attention_scores=blocks)
     # What padding counts in cannot be recorded row by row.

@@ -122,10 +122,14 @@ KEEPERS = {
 }
 """Terms that keep something of each row, or count rows, with few negatives."""
 
+MASSES: dict[str, dict[str, Any]] = {"bert-emd:layers": {}, "angular-emd:layers": {}}
+"""Terms that keep the masses of their last training pass: of a perturbed step the one that counts."""
 
-@pytest.mark.parametrize("name", KEEPERS)
+
 @pytest.mark.parametrize(
-    ("extra", "source"), [({"perturb": True}, "lrc-bert"), ({"augmented": True}, "mate-kd")]
+    ("name", "extra", "source"),
+    [(name, {"augmented": True}, "mate-kd") for name in KEEPERS | MASSES]
+    + [(name, {"perturb": True}, "lrc-bert") for name in KEEPERS],
 )
 def test_rows_that_come_again_changed_are_kept_once_as_they_are(
     name: str, extra: dict[str, Any], source: str, tmp_path: Path
@@ -134,7 +138,7 @@ def test_rows_that_come_again_changed_are_kept_once_as_they_are(
         """Return what the term holds after one pass over all rows."""
         torch.manual_seed(0)
         stage = {"terms": {name: 1.0, "kd:hard": 1.0}, **more.pop("extra", {})}
-        options = {**KEEPERS[name], **more.pop("options", {})}
+        options = {**(KEEPERS | MASSES)[name], **more.pop("options", {})}
         job = make_job(tmp_path, method="mixture", options={"stages": [stage], "options": options, **more})
         distiller, batch = (
             Distiller(job.student, job.plan, bf16=False),

@@ -223,7 +223,12 @@ def test_needs_are_the_mapped_layers_and_nothing_else() -> None:
     teacher = Needs(hidden_states=frozenset({0, 2, 4}), attention_scores=frozenset({2, 4}))
     assert (plan.student_needs(first), plan.teacher_needs(first)) == (student, teacher)
     assert plan.student_needs(second) == plan.teacher_needs(second) == Needs(logits=True)
-    assert make_plan().teacher_needs(make_plan().stages[0]) == teacher | Needs(padding=True)
+    # A student that leaves its padding out has other states there than its teacher.
+    plan = make_plan()
+    for name in ("attention", "hidden_states"):
+        assert plan.terms[name].student_needs.padding and plan.terms[name].teacher_needs.padding
+    assert plan.teacher_needs(plan.stages[0]) == teacher | Needs(padding=True)
+    plan = make_plan(padding="masked")
     assert all(plan.terms[name].same_tokens for name in ("attention", "hidden_states"))
     assert plan.terms["attention"].same_heads
 

@@ -128,7 +128,7 @@ class AngularTransport(Term):
         cost_LM = cos_nce_costs(states, goals, mask_BS, mask_GS, first=share.start)
         # One problem for all processes: its costs are means over the whole batch.
         whole = cost_LM if share.whole else share.total(share.of("rows") * cost_LM)
-        flow_LM = self.masses.flows(whole[None])[0]
+        flow_LM = self.masses.flows(whole[None], keep=not batch.augmented)[0]
         return len(states) * (flow_LM * cost_LM).sum()
 
     def after_step(self) -> None:

@@ -76,8 +76,8 @@ class LayerTransport(Term):
         super().__init__()
         L, M = context.student_depth, context.teacher_depth
         self.theta, self.masked = settings.theta, settings.padding == "masked"
-        self.student_needs = _every_layer(L)
-        self.teacher_needs = _every_layer(M) | Needs(padding=not self.masked)
+        padding = Needs(padding=not self.masked)
+        self.student_needs, self.teacher_needs = _every_layer(L) | padding, _every_layer(M) | padding
         self.projection = nn.Linear(context.student_width, context.teacher_width)
         nn.init.zeros_(self.projection.bias)
         start_unturned(self.projection.weight, context.basis)
@@ -116,7 +116,7 @@ class LayerTransport(Term):
         score_squares = squared_distances(scores, score_goals)
         state_squares = squared_distances(states, goals)
         costs = torch.stack([score_squares / score_count, state_squares / state_count])
-        flow = self.masses.flows(share.total(costs))
+        flow = self.masses.flows(share.total(costs), keep=not batch.augmented)
         attention = transport_cost(scores, score_goals, flow[0], score_squares) / score_count
         hidden = transport_cost(states, goals, flow[1], state_squares) / state_count
         loss: Tensor = self.theta * (attention + hidden) + embedding

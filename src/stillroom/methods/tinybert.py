@@ -81,8 +81,9 @@ class AttentionScores(Term):
         self.masked = settings.padding == "masked"
         self.mean_over = "token pairs" if self.masked else "rows"
         self.student_layers, self.teacher_layers = tuple(range(1, len(layers) + 1)), layers
-        self.student_needs = Needs(attention_scores=frozenset(self.student_layers))
-        self.teacher_needs = Needs(attention_scores=frozenset(layers), padding=not self.masked)
+        padding = not self.masked
+        self.student_needs = Needs(attention_scores=frozenset(self.student_layers), padding=padding)
+        self.teacher_needs = Needs(attention_scores=frozenset(layers), padding=padding)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Return the loss."""
@@ -105,8 +106,9 @@ class HiddenStates(Term):
         self.masked = settings.padding == "masked"
         self.mean_over = "tokens" if self.masked else "rows"
         self.student_layers, self.teacher_layers = tuple(range(len(layers) + 1)), (0, *layers)
-        self.student_needs = Needs(hidden_states=frozenset(self.student_layers))
-        self.teacher_needs = Needs(hidden_states=frozenset(self.teacher_layers), padding=not self.masked)
+        padding = not self.masked
+        self.student_needs = Needs(hidden_states=frozenset(self.student_layers), padding=padding)
+        self.teacher_needs = Needs(hidden_states=frozenset(self.teacher_layers), padding=padding)
         self.projection = nn.Linear(context.student_width, context.teacher_width)
         nn.init.zeros_(self.projection.bias)
         start_unturned(self.projection.weight, context.basis)
