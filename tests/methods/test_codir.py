@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -393,8 +394,14 @@ def test_a_perturbed_step_moves_a_row_once(tmp_path: Path) -> None:
     distiller = Distiller(job.student, plan, bf16=False)
     batch, term = make_batch_of(job.rows, job.student), plan.terms["contrast"]
     assert job.teacher is not None and isinstance(term, PooledContrast)
+    seen: list[Tensor] = []
+    term.student_projection.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
     distiller(batch, job.teacher(batch, plan.teacher_needs(plan.stages[0])), plan.stages[0])
-    assert len(term._pending) == 1
+    # Of the two passes the one that counts is kept, on the perturbed rows.
+    assert len(term._pending) == 1 and len(seen) == 2
+    kept = term._pending[0][1]
+    gap = [(kept - F.normalize(each, dim=-1)).abs().max() for each in seen]
+    assert gap[1] < 1e-6 < gap[0]
 
 
 def test_a_run_moves_each_row_once_an_epoch_and_evaluation_none(tmp_path: Path) -> None:

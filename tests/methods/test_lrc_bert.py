@@ -721,6 +721,8 @@ CONTEXT = Context("classification", 2, 32, 2, 8, 4, 16)
         ({"label_aware": True}, "multi-label", "method.label_aware"),
         ({"negatives": "bank"}, "classification", "method.vector"),
         ({"alpha": 0, "beta": 0, "gamma": 0}, "classification", "all 0"),
+        ({"beta": 0, "gamma": 0}, "classification", "head would never be trained"),
+        ({"beta": 0, "gamma": 0, "switch": 0}, "classification", "head would never be trained"),
         ({"layer_map": (2,)}, "classification", r"should hold 2 teacher layers.*\[2\]"),
         ({"layer_map": (2, 5)}, "classification", "from 1 to 4"),
         ({"layer_map": (0, 4)}, "classification", "from 1 to 4"),

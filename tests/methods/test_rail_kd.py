@@ -126,6 +126,16 @@ def test_layers_change_after_so_many_batches() -> None:
     assert found[0::2] == found[1::2] and len(set(found)) > 5
 
 
+def test_the_log_tells_the_layers_that_were_compared() -> None:
+    term = make_term(redraw=1)
+    used, told = [], []
+    for _ in range(10):
+        used += layers_over(term, 1)
+        term.after_step()
+        told.append(tuple(term.record()["teacher_layers"]))
+    assert told == used and len(set(used)) > 3
+
+
 def test_evaluation_does_not_move_the_draw() -> None:
     assert len(set(layers_over(make_term().eval(), 12))) == 1
 

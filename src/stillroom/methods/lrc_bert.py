@@ -177,6 +177,11 @@ def build(settings: LRCBertSettings, context: Context) -> Plan:
     second = {name: weight for name, weight in second.items() if weight > 0}
     if not second:
         raise WrongInput("method.alpha, beta and gamma are all 0: there is nothing to train on.")
+    if settings.switch < 1 and second.keys() == {"cos_nce"}:
+        raise WrongInput(
+            "The classification head would never be trained: set method.beta or method.gamma above 0, or "
+            "method.switch=1 for a student of states alone."
+        )
     terms: dict[str, Term] = {}
     if "cos_nce" in second:
         layers = resolve_layer_map(settings.layer_map, context.student_depth, context.teacher_depth)

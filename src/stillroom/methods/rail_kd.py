@@ -186,8 +186,8 @@ class RandomLayers(Term):
         self._seed, self._seen = state.tolist()
 
     def record(self) -> dict[str, Any]:
-        """Return the teacher layers that the next batch is compared with."""
-        return {"teacher_layers": list(self.teacher_layers())}
+        """Return the teacher layers that the last training batch was compared with."""
+        return {"teacher_layers": list(self._layers or self.teacher_layers())}
 
     def _joined(self, outputs: Outputs, layers: Iterable[int]) -> Tensor:
         """Return the layers' vectors of each row, end to end, shape `(B, F)`."""
