@@ -23,6 +23,12 @@ def soft_labels(run: Run, report: Report) -> None:
     report.found["soft_labels"] = {"rows": len(train), "unlabelled": unlabelled}
     if run.teacher is None:
         _need_no_model(run, report)
+    elif run.plan.augmentation is not None:
+        report.warn(
+            "The method rewrites rows in every step, and a file has no soft labels of such rows: they are "
+            "labelled by the teacher, the rows as they are by the file. Where the two disagree, so do the "
+            "losses."
+        )
     if unlabelled and (run.control or not run.learns_from_teacher()):
         report.error(
             f"{unlabelled} of the {len(train)} training rows have no label, and a control "
