@@ -525,7 +525,7 @@ def shares(tasks: dict, names: Sequence[str]) -> list[str]:
 
 
 def kept(tasks: dict, found: Sequence[dict], seeds: set[str] | None = None) -> tuple[str, str]:
-    """Return the mean over tasks of the share kept, and the papers' figure, the share of the teacher's mean.
+    """Return the mean over tasks of the share kept, and the share of the teacher's mean, as papers give it.
 
     A task on which the teacher scores low weighs as much as any in the first, and less in the second.
     """
