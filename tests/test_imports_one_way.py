@@ -10,7 +10,7 @@ import stillroom
 SOURCE = Path(stillroom.__file__).parent
 
 ORDER = (
-    "errors durable processes recipe data ops unpadded encoder start student teacher generator methods "
+    "errors durable processes recipe data ops encoder start student teacher generator methods "
     "training evaluation provenance deploy report preflight run cli"
 ).split()
 """`stillroom/<name>.py` or `stillroom/<name>/`, from the first to the last."""

@@ -1,7 +1,7 @@
 """Any Hugging Face encoder, read as `Outputs`: with a head for labels, one for masked words, or none.
 
-`outputs` says what is read of one, `model` and `attention` read it, `config` knows its settings, and
-`loading` finds and checks checkpoints.
+`outputs` says what is read of one, `model` and `attention` read it, `unpadded` leaves its padding out,
+`config` knows its settings, and `loading` finds and checks checkpoints.
 """
 
 from stillroom.encoder.config import PROBLEM_TYPES, describe_task, ffn_width, kind_of, set_ffn_width

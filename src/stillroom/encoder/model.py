@@ -15,8 +15,8 @@ from stillroom.data.batching import Inputs, Layout
 from stillroom.encoder.attention import reading
 from stillroom.encoder.noise import quiet
 from stillroom.encoder.outputs import Needs, Outputs, pool
+from stillroom.encoder.unpadded import FAMILIES, drops_attention, has_kernel, unpadded
 from stillroom.errors import WrongInput
-from stillroom.unpadded import FAMILIES, drops_attention, has_kernel, unpadded
 
 Head = Literal["classification", "masked-lm", "none"]
 """What an encoder has on top: a classification head, a masked-LM head, or neither."""

@@ -2,7 +2,7 @@
 
 The kernel itself needs a GPU (CUDA, compute capability 8.0, torch >= 2.10); there:
 
-    pytest tests/test_unpadded.py -k cuda
+    pytest tests/encoder/test_unpadded.py -k cuda
     python benchmarks/packed.py
 
 The first compares, the second times.
@@ -19,9 +19,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from stillroom import unpadded
 from stillroom.data.batching import Inputs, Layout
-from stillroom.encoder import Encoder, Needs, Outputs
+from stillroom.encoder import Encoder, Needs, Outputs, unpadded
 from stillroom.evaluation.predict import predict
 from stillroom.training.compiling import compiled_blocks
 from stillroom.training.loop import train
