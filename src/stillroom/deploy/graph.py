@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stillroom.deploy.predictor import input_names
-from stillroom.encoder import Encoder
+from stillroom.encoder import Encoder, attending
 from stillroom.errors import WrongInput
 
 OPSET = 17
@@ -58,7 +58,8 @@ def write_onnx(encoder: Encoder, path: Path) -> None:
     mask[1, 5:] = 0
     example = (ids, mask, torch.zeros_like(ids))[: len(names)]
     axes = {**{name: {0: "batch", 1: "length"} for name in names}, "logits": {0: "batch"}}
-    with _eager(encoder), quiet():
+    training = model.training
+    with attending(model, "eager"), quiet():
         try:
             torch.onnx.export(
                 _Logits(model, names).eval(),
@@ -75,6 +76,8 @@ def write_onnx(encoder: Encoder, path: Path) -> None:
                 f"{type(model).__name__} cannot be exported to ONNX by torch {torch.__version__}: "
                 f"{str(error).strip().splitlines()[0]} Export it as torch."
             ) from error
+        finally:
+            model.train(training)
 
 
 def optimise(source: Path, target: Path, encoder: Encoder) -> dict[str, int]:
@@ -140,21 +143,6 @@ def _split_skip_layer_norm(model: Any) -> None:
         ]
     del model.graph.node[:]
     model.graph.node.extend(made)
-
-
-@contextlib.contextmanager
-def _eager(encoder: Encoder) -> Iterator[None]:
-    """Compute attention in its eager form meanwhile."""
-    model: nn.Module = encoder.model
-    before = encoder.config._attn_implementation
-    training = model.training
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
-        model.train(training)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
 `config` knows its settings, and `loading` finds and checks checkpoints.
 """
 
+from stillroom.encoder.attention import attending, register_attention
 from stillroom.encoder.config import PROBLEM_TYPES, describe_task, ffn_width, kind_of, set_ffn_width
 from stillroom.encoder.loading import (
     MINILM,
@@ -28,6 +29,7 @@ __all__ = [
     "NoMaskedLMHead",
     "Outputs",
     "Pooling",
+    "attending",
     "describe_task",
     "ffn_width",
     "fresh",
@@ -38,6 +40,7 @@ __all__ = [
     "locate",
     "pool",
     "quiet",
+    "register_attention",
     "set_ffn_width",
     "sum_needs",
     "weights_hash",

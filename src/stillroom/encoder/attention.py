@@ -19,6 +19,25 @@ from stillroom.encoder.outputs import Needs
 from stillroom.errors import WrongInput
 
 
+def register_attention(name: str, attend: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+    """Let transformers know `attend` under a name. It gets the masks that sdpa attention gets."""
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+@contextmanager
+def attending(model: Any, name: str) -> Iterator[None]:
+    """Let the attention of this name be a model's while this lasts."""
+    before = model.config._attn_implementation
+    with quiet():
+        model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        with quiet():
+            model.set_attn_implementation(before)
+
+
 @dataclass
 class Attention:
     """What one forward pass computes in its attention, of the blocks that are asked for."""
@@ -47,20 +66,17 @@ def reading(model: Any, needs: Needs) -> Iterator[Attention]:
     Raises:
         WrongInput: Afterwards, if a block computed its attention by itself.
     """
-    before = model.config._attn_implementation
-    seen = Attention(needs, ALL_ATTENTION_FUNCTIONS.get(before, sdpa_attention_forward))
+    usual = ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation, sdpa_attention_forward)
+    seen = Attention(needs, usual)
     if not needs.attention:
         yield seen
         return
-    with quiet():
-        model.set_attn_implementation(_CAPTURE)
     token = _capturing.set(seen)
     try:
-        yield seen
+        with attending(model, _CAPTURE):
+            yield seen
     finally:
         _capturing.reset(token)
-        with quiet():
-            model.set_attn_implementation(before)
     if seen.blocks != model.config.num_hidden_layers:
         raise WrongInput(
             f"{type(model).__name__} computes its attention by itself and not through transformers' "
@@ -120,5 +136,4 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | No
     return scores + mask
 
 
-AttentionInterface.register(_CAPTURE, _capture)
-AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
+register_attention(_CAPTURE, _capture)

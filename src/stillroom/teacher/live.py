@@ -2,20 +2,18 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from stillroom.data.batching import Batch, Inputs
-from stillroom.encoder import Encoder, Needs, Outputs, quiet
+from stillroom.encoder import Encoder, Needs, Outputs, attending, register_attention
 
 _EVEN = "stillroom-even"
 _LANES, _TILE = 16, 4
@@ -96,20 +94,9 @@ class LiveTeacher:
     def _even(self) -> bool:
         return self._device.type == "cpu" and not self.bf16
 
-    @contextmanager
-    def _even_attention(self) -> Iterator[None]:
-        model: Any = self.encoder.model
-        before = self.encoder.config._attn_implementation
-        if not self._even or before != "sdpa":
-            yield
-            return
-        with quiet():
-            model.set_attn_implementation(_EVEN)
-        try:
-            yield
-        finally:
-            with quiet():
-                model.set_attn_implementation(before)
+    def _even_attention(self) -> AbstractContextManager[None]:
+        sdpa = self.encoder.config._attn_implementation == "sdpa"
+        return attending(self.encoder.model, _EVEN) if self._even and sdpa else nullcontext()
 
 
 def _even(
@@ -139,8 +126,7 @@ def _even(
     return mixed[:, :tokens], weights
 
 
-AttentionInterface.register(_EVEN, _even)
-AttentionMaskInterface.register(_EVEN, sdpa_mask)
+register_attention(_EVEN, _even)
 
 
 def _filled(inputs: Inputs, count: int) -> Inputs:

@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from stillroom.encoder import Encoder, quiet
+from stillroom.encoder import Encoder, attending, register_attention
 
 _NAME = "stillroom-dropout"
 _STEPS = 2**16
@@ -112,8 +110,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return F.pad(scores, (0, _LANES - count), value=-math.inf).softmax(-1)[..., :count]
 
 
-AttentionInterface.register(_NAME, attention)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+register_attention(_NAME, attention)
 
 
 @contextmanager
@@ -125,17 +122,12 @@ def quick_dropout(student: Encoder) -> Iterator[None]:
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
                 swapped.append((parent, name, child))
-    before = student.config._attn_implementation
+    sdpa = student.config._attn_implementation == "sdpa"
     for parent, name, child in swapped:
         setattr(parent, name, Dropout(child.p).train(child.training))
     try:
-        with quiet():
-            if before == "sdpa":
-                model.set_attn_implementation(_NAME)
-        yield
+        with attending(model, _NAME) if sdpa else nullcontext():
+            yield
     finally:
         for parent, name, child in swapped:
             setattr(parent, name, child.train(getattr(parent, name).training))
-        with quiet():
-            if before == "sdpa":
-                model.set_attn_implementation(before)
