@@ -100,6 +100,10 @@ class Outputs:
     values: Mapping[int, Tensor] = field(default_factory=dict)
     pooled_states: Mapping[tuple[Pooling, int], Tensor] = field(default_factory=dict)
 
+    def joined(self, pooling: Pooling, layers: Iterable[int]) -> Tensor:
+        """Return the pooled states of layers, end to end for each row, `(B, layers * D)`."""
+        return torch.cat([self.pooled_states[pooling, layer] for layer in layers], dim=-1)
+
     def float(self) -> "Outputs":
         """Return the same in float32, in which all terms compute."""
         return Outputs(

@@ -4,11 +4,10 @@ Haidar et al.: "CILDA: Contrastive Data Augmentation using Intermediate Layer Kn
 COLING 2022, arXiv 2204.07674. As re-implemented by TKC002, on the official MATE-KD base;
 `docs/methods/cilda.md` says what could not be checked against the paper.
 
-Shapes: B batch, S tokens, u projection size, F features of one model.
+Shapes: B batch, S tokens, u projection size.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -136,17 +135,13 @@ class IntermediateContrast(Term):
         depth, layers = self.depths[0], list(range(1, self.depths[1] + 1))
         if self.settings.teacher_layers == "random":
             layers = sorted((1 + torch.randperm(len(layers))[:depth]).tolist())
-        z_S = self.student(self._joined(student, range(1, depth + 1)))
-        z_T = self.teacher(self._joined(teacher, layers))
+        z_S = self.student(student.joined(self.settings.pooling, range(1, depth + 1)))
+        z_T = self.teacher(teacher.joined(self.settings.pooling, layers))
         # Each row is told from those of all processes, which learn from that too.
         z_T, z_S = batch.share.gather(z_T), batch.share.gather(z_S)
         each = in_batch_contrast(z_T, z_S, tau2=self.settings.tau2, anchor=self.settings.anchor)
         own = each.narrow(0, batch.share.start, len(batch.row_ids))
         return own.mean() / (math.log(len(each)) if self.settings.alpha2 else 1.0)
-
-    def _joined(self, outputs: Outputs, layers: Iterable[int]) -> Tensor:
-        """Return the layers' vectors of each row, end to end, shape `(B, F)`."""
-        return torch.cat([outputs.pooled_states[self.settings.pooling, i] for i in layers], dim=-1)
 
 
 _STUDENT: dict[str, tuple[dict[str, float], dict[str, float]]] = {

@@ -255,8 +255,7 @@ class PooledContrast(Term):
 
     def _vector(self, outputs: Outputs, layers: tuple[int, ...], projection: nn.Linear) -> Tensor:
         """Return ``normalize(W concat_l(pooled state of layer l) + b)``, shape ``(B, d)``."""
-        pooled = [outputs.pooled_states[self.settings.pooling, layer] for layer in layers]
-        return _unit(projection(torch.cat(pooled, dim=-1)))
+        return _unit(projection(outputs.joined(self.settings.pooling, layers)))
 
     def _official(self, s: Tensor, t: Tensor, index_BK: Tensor, share: Share) -> Tensor:
         losses = []
@@ -366,8 +365,7 @@ class InBatchContrast(Term):
 
     def _vector(self, outputs: Outputs, layers: tuple[int, ...], projection: nn.Linear) -> Tensor:
         """Return ``normalize(W concat_l(pooled state of layer l) + b)``, shape ``(B, d)``."""
-        pooled = [outputs.pooled_states[self.settings.pooling, layer] for layer in layers]
-        return _unit(projection(torch.cat(pooled, dim=-1)))
+        return _unit(projection(outputs.joined(self.settings.pooling, layers)))
 
 
 def pretrain(settings: CoDIRSettings, context: Context) -> Plan:

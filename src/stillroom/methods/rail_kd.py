@@ -4,10 +4,9 @@ Haidar et al.: "RAIL-KD: RAndom Intermediate Layer Mapping for Knowledge Distill
 2022, arXiv 2109.10164. As re-implemented by GLMKD and TKC002; `docs/methods/rail-kd.md` says what could
 not be checked against the paper.
 
-Shapes: B batch, u size of the space in which the models are compared, F features of one model.
+Shapes: B batch, u size of the space in which the models are compared.
 """
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -168,8 +167,9 @@ class RandomLayers(Term):
             self._rows = batch.row_ids
             # Each row is seen once an epoch, so the rows seen tell the epoch.
             self._seen += batch.rows if self.settings.redraw == "epoch" else 1
-        z_S = self.student_projection(self._joined(student, self.student_layers))
-        z_T = self.teacher_projection(self._joined(teacher, layers))
+        pooling = self.settings.pooling
+        z_S = self.student_projection(student.joined(pooling, self.student_layers))
+        z_T = self.teacher_projection(teacher.joined(pooling, layers))
         squared = self.settings.form == "glmkd"
         return rail_loss(z_S, z_T, squared=squared, reduction=self.settings.reduction)
 
@@ -188,10 +188,6 @@ class RandomLayers(Term):
     def record(self) -> dict[str, Any]:
         """Return the teacher layers that the last training batch was compared with."""
         return {"teacher_layers": list(self._layers or self.teacher_layers())}
-
-    def _joined(self, outputs: Outputs, layers: Iterable[int]) -> Tensor:
-        """Return the layers' vectors of each row, end to end, shape `(B, F)`."""
-        return torch.cat([outputs.pooled_states[self.settings.pooling, i] for i in layers], dim=-1)
 
 
 def build(settings: RAILKDSettings, context: Context) -> Plan:
