@@ -26,7 +26,6 @@ from stillroom.ops.info_nce import info_nce
 from stillroom.processes import Share
 from stillroom.recipe import Settings
 
-_EPS = 1e-12
 _EPS_OFFICIAL = 1e-7
 
 
@@ -272,7 +271,7 @@ class PooledContrast(Term):
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors, dim=-1, eps=_EPS)
+    return F.normalize(vectors, dim=-1)
 
 
 def build(settings: CoDIRSettings, context: Context) -> Plan:

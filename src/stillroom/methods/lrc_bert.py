@@ -21,7 +21,6 @@ from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Perturbation, Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels, SoftLabels
 from stillroom.ops.cos_nce import (
-    EPS,
     cos_nce,
     cos_nce_of_cosines,
     other_rows,
@@ -111,7 +110,7 @@ class CosNCE(Term):
         if self.settings.vector == "token":
             cosine_LBG = token_cosines(states, everyone, mask_BS, share.gather(mask_BS))
         elif self.settings.label_aware:
-            cosine_LBG = F.normalize(states, dim=-1, eps=EPS) @ F.normalize(everyone, dim=-1, eps=EPS).mT
+            cosine_LBG = F.normalize(states, dim=-1) @ F.normalize(everyone, dim=-1).mT
         else:
             return pooled_cos_nce(states, goals, None if share.whole else everyone).mean(1).sum()
         negative_BG = self._negatives(cosine_LBG[0], batch)

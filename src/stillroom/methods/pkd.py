@@ -22,8 +22,6 @@ from stillroom.ops.layer_map import LayerMap, resolve_layer_map
 from stillroom.ops.projection import start_unturned
 from stillroom.recipe import Settings
 
-_EPS = 1e-12
-
 
 class PKDSettings(Settings):
     """Options of `pkd`. Defaults lie in the authors' grid, where GLMKD set them."""
@@ -78,7 +76,7 @@ def patient_loss(
         )
     teacher_LBE = teacher_LBE.detach()
     if normalise:
-        student_LBE, teacher_LBE = (F.normalize(x, dim=-1, eps=_EPS) for x in (student_LBE, teacher_LBE))
+        student_LBE, teacher_LBE = (F.normalize(x, dim=-1) for x in (student_LBE, teacher_LBE))
     squares = (student_LBE - teacher_LBE).square()
     return squares.mean() if reduction == "mean" else squares.sum(-1).mean(1).sum()
 

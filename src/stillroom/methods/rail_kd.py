@@ -23,8 +23,6 @@ from stillroom.methods.prediction import HardLabels, SoftLabels
 from stillroom.ops.layer_map import LayerMap, resolve_layer_map
 from stillroom.recipe import Settings
 
-_EPS = 1e-12
-
 
 class RAILKDSettings(Settings):
     """Options of `rail-kd`. Defaults are GLMKD's, but where the card says otherwise."""
@@ -104,7 +102,7 @@ def rail_loss(
         raise ValueError(
             f"expected shapes (B, u) twice, found {tuple(student_Bu.shape)} and {tuple(teacher_Bu.shape)}"
         )
-    difference = F.normalize(student_Bu, dim=-1, eps=_EPS) - F.normalize(teacher_Bu, dim=-1, eps=_EPS)
+    difference = F.normalize(student_Bu, dim=-1) - F.normalize(teacher_Bu, dim=-1)
     distance_B = difference.square().sum(-1) if squared else torch.linalg.vector_norm(difference, dim=-1)
     return distance_B.mean() if reduction == "mean" else distance_B.sum()
 

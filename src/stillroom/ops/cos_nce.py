@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12
-"""Least norm that a vector is divided by."""
-
 
 def angular_distance(x: Tensor, y: Tensor) -> Tensor:
     """Return ``g(x, y) = 1 - x.y / (|x| |y|)``, formula (2), in [0, 2]; norms clamped at 1e-12.
@@ -33,7 +30,7 @@ def angular_distance(x: Tensor, y: Tensor) -> Tensor:
         >>> angular_distance(torch.tensor([1.0, 0.0]), others).tolist()
         [0.0, 1.0, 2.0]
     """
-    return 1 - (F.normalize(x, dim=-1, eps=EPS) * F.normalize(y, dim=-1, eps=EPS)).sum(-1)
+    return 1 - (F.normalize(x, dim=-1) * F.normalize(y, dim=-1)).sum(-1)
 
 
 def cos_nce(student_BE: Tensor, teacher_BE: Tensor, negatives_BKE: Tensor) -> Tensor:
@@ -120,9 +117,9 @@ def pooled_cos_nce(student_LBE: Tensor, teacher_LBE: Tensor, all_LGE: Tensor | N
         >>> pooled_cos_nce(student, teacher).tolist()
         [[0.5, 2.5]]
     """
-    s = F.normalize(student_LBE, dim=-1, eps=EPS)
-    t = F.normalize(teacher_LBE.detach(), dim=-1, eps=EPS)
-    everyone = t if all_LGE is None else F.normalize(all_LGE.detach(), dim=-1, eps=EPS)
+    s = F.normalize(student_LBE, dim=-1)
+    t = F.normalize(teacher_LBE.detach(), dim=-1)
+    everyone = t if all_LGE is None else F.normalize(all_LGE.detach(), dim=-1)
     positive_LB = (s * t).sum(-1)
     all_LB = (s * everyone.sum(1, keepdim=True)).sum(-1)
     return 2 - 1.5 * positive_LB + 0.5 * (all_LB - positive_LB) / (everyone.shape[1] - 1)
@@ -171,7 +168,7 @@ def unit_tokens(states_LBSE: Tensor, mask_BS: Tensor) -> Tensor:
         >>> unit_tokens(torch.tensor([[[[0.0, 4.0], [9.0, 9.0]]]]), torch.tensor([[1, 0]])).tolist()
         [[[[0.0, 1.0], [0.0, 0.0]]]]
     """
-    lengths_LBS = torch.linalg.vector_norm(states_LBSE, dim=-1).clamp(min=EPS)
+    lengths_LBS = torch.linalg.vector_norm(states_LBSE, dim=-1).clamp(min=1e-12)
     # One product instead of two: mask and length are both numbers per token.
     scale_LBS = mask_BS.to(states_LBSE.dtype) / lengths_LBS
     found: Tensor = _Scale.apply(states_LBSE, scale_LBS.detach())  # type: ignore[no-untyped-call]

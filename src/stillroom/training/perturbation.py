@@ -7,9 +7,6 @@ from torch import Tensor
 
 from stillroom.processes import Share
 
-_EPS = 1e-12
-
-
 _ALL = Share()
 
 
@@ -43,6 +40,6 @@ def perturbation(
     if not share.whole:
         squares, wrong = share.total(torch.stack([wide.square().sum(), wrong.to(wide.dtype)]))
         length = length if norm == "token" else squares.sqrt()
-    offset = epsilon * wide / length.clamp(min=_EPS)
+    offset = epsilon * wide / length.clamp(min=1e-12)
     # A tensor condition instead of `if`: no wait for the device inside the step.
     return torch.where(wrong.bool(), torch.zeros_like(offset), offset).to(gradient.dtype)
