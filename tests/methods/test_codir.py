@@ -31,7 +31,8 @@ from stillroom.methods.codir import (
 from stillroom.ops.info_nce import info_nce
 from stillroom.ops.prediction import hard_label_loss, soft_label_loss
 from stillroom.training.distiller import Distiller
-from stillroom.training.loop import Schedule, train
+from stillroom.training.loop import train
+from stillroom.training.schedule import Schedule
 from tiny import make_batch_of, make_job
 
 GOLDEN = {

@@ -30,8 +30,8 @@ from stillroom.ops.layer_map import resolve_layer_map
 from stillroom.ops.prediction import hard_label_loss, soft_label_loss
 from stillroom.recipe import TrainingSettings
 from stillroom.training.distiller import Distiller
-from stillroom.training.loop import Schedule
 from stillroom.training.perturbation import perturbation
+from stillroom.training.schedule import Schedule
 from tiny import make_batch_of, make_encoder, make_rows, make_task
 
 GOLDEN = {

@@ -17,7 +17,7 @@ from stillroom.methods.tinybert import TinyBERTSettings, build, layer_squares
 from stillroom.ops.attention import visible
 from stillroom.ops.prediction import hard_label_loss
 from stillroom.recipe import TrainingSettings
-from stillroom.training.loop import Schedule
+from stillroom.training.schedule import Schedule
 
 GOLDEN = {
     example["name"]: example

@@ -11,6 +11,7 @@ from torch import nn
 
 from stillroom.encoder import Needs
 from stillroom.training import loop
+from stillroom.training.schedule import Schedule
 from stillroom.training.vocabulary import Vocabulary, trained_words, whole_table
 from tiny import FAMILIES, make_batch_of, make_encoder, make_job, make_rows, make_task
 
@@ -49,7 +50,7 @@ def test_training_is_that_of_the_whole_table(
     # A word that no row has is only decayed: the product over steps of (1 - rate * decay), in float64.
     unused = [i for i in range(4, len(start)) if i not in used]
     assert unused
-    schedule = loop.Schedule(few.student_tokens.lengths, few.plan, few.settings)
+    schedule = Schedule(few.student_tokens.lengths, few.plan, few.settings)
     factor = np.prod([1 - schedule.learning_rate(step) * 0.1 for step in range(schedule.steps)])
     after = few.student.model.get_input_embeddings().weight.detach()
     torch.testing.assert_close(after[unused].double(), start[unused].double() * factor, rtol=3e-7, atol=0)

@@ -5,7 +5,7 @@ import numpy as np
 from stillroom.data.batching import epoch_batches, padding_share
 from stillroom.data.tasks import Rows, Task
 from stillroom.preflight.base import SPLITS, Report, Run, listed, row_numbers, shortened
-from stillroom.training.loop import Schedule
+from stillroom.training.schedule import Schedule
 
 MOST_BLANK = 0.1
 """Above this share of rows with a blank text, the text column is taken to be the wrong one."""

@@ -16,7 +16,7 @@ from stillroom.errors import WrongInput
 from stillroom.report import pictures
 from stillroom.report.pictures import Picture
 from stillroom.report.sources import lines_of
-from stillroom.training.loop import LOG
+from stillroom.training.log import LOG
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from stillroom.evaluation import predictions
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
 from stillroom.provenance import CONTROL, METRICS, RECIPE
 from stillroom.recipe import PretrainRecipe, Recipe, read_yaml
-from stillroom.training.loop import LOG
+from stillroom.training.log import LOG
 
 COMPARISON, RESULTS = "compare.yaml", "compare.json"
 """Names of files inside the folder of a comparison."""

@@ -28,7 +28,8 @@ from stillroom.provenance import METRICS, RECIPE, STUDENT, environment
 from stillroom.recipe import Range, Recipe, Sweep
 from stillroom.run.handout import DATABASE, RUNS, STUDY, Handout, in_processes
 from stillroom.run.parts import Common, Parts, training_figures
-from stillroom.training.loop import CHECKPOINTS, LOG
+from stillroom.training.log import LOG
+from stillroom.training.loop import CHECKPOINTS
 
 SWEEP = "sweep.yaml"
 RESULTS = "sweep.json"

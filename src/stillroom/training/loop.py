@@ -1,9 +1,7 @@
-"""One readable loop: staged terms, a stateless order of rows, checkpoints, evaluation."""
+"""One readable loop: staged terms, the optimiser's steps, evaluation, checkpoints."""
 
-import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +23,13 @@ from rich.progress import (
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from stillroom import durable, processes
-from stillroom.data.batching import Batch, epoch_batches, make_batch
+from stillroom import processes
+from stillroom.data.batching import Batch, make_batch
 from stillroom.data.tasks import Rows
 from stillroom.data.tokens import TokenisedRows
 from stillroom.encoder import Encoder, Outputs
-from stillroom.errors import RunFailed
 from stillroom.generator import Generator
-from stillroom.methods.base import Plan, Stage
+from stillroom.methods.base import Plan
 from stillroom.recipe import TrainingSettings
 from stillroom.teacher import Teacher
 from stillroom.teacher.live import LiveTeacher
@@ -42,10 +39,11 @@ from stillroom.training.augmentation import Augmenter
 from stillroom.training.compiling import compiled_blocks, require_compilable
 from stillroom.training.distiller import Distiller, Loss
 from stillroom.training.dropout import quick_dropout
+from stillroom.training.log import LOG, Log
 from stillroom.training.memory import keep_freed_memory
+from stillroom.training.schedule import Schedule
 from stillroom.training.vocabulary import Vocabulary, trained_words, whole_table
 
-LOG = "log.jsonl"
 CHECKPOINTS = "checkpoints"
 
 
@@ -93,79 +91,6 @@ class Trained:
     best_step: int | None
     teacher: dict[str, Any] | None = None
     """What was recorded of the teacher, and what that took; None where nothing teaches."""
-
-
-class Schedule:
-    """Which rows, which stage and which learning rate each step has: functions of the step."""
-
-    def __init__(self, lengths: np.ndarray, plan: Plan, settings: TrainingSettings):
-        self._lengths, self._settings = lengths, settings
-        counts = [len(self._epoch(epoch)) for epoch in range(math.ceil(settings.epochs))]
-        last = settings.epochs - (len(counts) - 1)
-        counts[-1] = max(1, round(counts[-1] * last))
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        whole = math.ceil(int(self._starts[-1]) / settings.accumulation)
-        self.steps = min(whole, settings.max_steps or whole)
-        self._plan = plan
-        evaluations = math.ceil(settings.epochs / settings.evaluate_every)
-        steps = settings.evaluate_every_steps
-        self.evaluation_steps = (
-            set(range(steps, self.steps, steps))
-            if steps
-            else {
-                # Multiplied before it is divided: whole epochs come out exact.
-                min(self.steps, math.ceil(self.steps * (i + 1) * settings.evaluate_every / settings.epochs))
-                for i in range(evaluations)
-            }
-        )
-        self.evaluation_steps.add(self.steps)
-
-    def stage(self, step: int) -> tuple[int, Stage]:
-        """Return the number (from 1) and the stage of a step (from 0)."""
-        return self._plan.stage_at(step, self.steps)
-
-    def learning_rate(self, step: int) -> float:
-        """Return the rate of a step (from 0): a linear rise, then a linear fall to zero, or none."""
-        warmup = round(self._settings.warmup * self.steps)
-        rise = (step + 1) / (warmup + 1)
-        if self._settings.schedule == "constant":
-            return self._settings.learning_rate * min(rise, 1.0)
-        fall = (self.steps - step) / max(1, self.steps - warmup)
-        return self._settings.learning_rate * min(rise, fall, 1.0)
-
-    def epoch(self, step: int) -> float:
-        """Return how many epochs are done after `step` steps."""
-        batches = min(step * self._settings.accumulation, int(self._starts[-1]))
-        epoch = int(np.searchsorted(self._starts, batches, side="right")) - 1
-        if epoch + 1 == len(self._starts):
-            return float(self._settings.epochs)
-        size = self._starts[epoch + 1] - self._starts[epoch]
-        return epoch + float((batches - self._starts[epoch]) / size)
-
-    def from_step(self, step: int) -> Iterator[list[np.ndarray]]:
-        """Yield, for each step from `step` on, the row numbers of its batches."""
-        first, total = step * self._settings.accumulation, int(self._starts[-1])
-        group: list[np.ndarray] = []
-        for epoch in range(len(self._starts) - 1):
-            start, end = int(self._starts[epoch]), int(self._starts[epoch + 1])
-            if end <= first:
-                continue
-            batches = self._epoch(epoch)[: end - start]
-            for position in range(max(first, start), end):
-                group.append(batches[position - start])
-                if len(group) == self._settings.accumulation or position + 1 == total:
-                    yield group
-                    group = []
-
-    def _epoch(self, epoch: int) -> Sequence[np.ndarray]:
-        s = self._settings
-        return epoch_batches(
-            self._lengths,
-            seed=s.seed,
-            epoch=epoch,
-            batch_size=s.batch_size,
-            max_tokens=s.max_tokens,
-        )
 
 
 def train(job: Job, console: Console, tracker_config: dict[str, Any] | None = None) -> Trained:
@@ -217,7 +142,7 @@ def _train(
     with processes.together():
         if found is not None:
             progress, best = checkpoint.restore(found, distiller, optimizer, augmenter)
-        log = _Log(job.folder / LOG, progress, folder, accelerator)
+        log = Log(job.folder / LOG, progress, folder, accelerator)
 
     with _bar(console) as bar:
         task = bar.add_task(job.name, total=schedule.steps, completed=progress.step, rate="")
@@ -249,13 +174,7 @@ def _train(
                 share = rate / settings.learning_rate
                 norm = ascent.step(rate, share, max_norm=settings.max_grad_norm)
             else:
-                processes.sum_gradients(trainable)
-                norm = get_total_norm([p.grad for p in trainable if p.grad is not None])
-                # The fused optimiser divides by it on its way, where clipping would be a pass of its own.
-                optimizer.optimizer.grad_scale = (norm / settings.max_grad_norm).clamp(min=1)
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = rate
-                optimizer.step()
+                norm = _update(optimizer, trainable, rate, max_norm=settings.max_grad_norm)
                 if words is not None:
                     words.after_step(rate * settings.weight_decay)
                 optimizer.zero_grad()
@@ -360,6 +279,18 @@ def _optimizer(distiller: nn.Module, settings: TrainingSettings) -> torch.optim.
     return torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-8, fused=True)
 
 
+def _update(optimizer: Any, trainable: Sequence[nn.Parameter], rate: float, *, max_norm: float) -> Tensor:
+    """Move what is trained along its gradient, clipped to this 2-norm; return the gradient's norm."""
+    processes.sum_gradients(trainable)
+    norm = get_total_norm([p.grad for p in trainable if p.grad is not None])
+    # The fused optimiser divides by it on its way, where clipping would be a pass of its own.
+    optimizer.optimizer.grad_scale = (norm / max_norm).clamp(min=1)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate
+    optimizer.step()
+    return norm
+
+
 def _augmenter(job: Job, distiller: Distiller) -> Augmenter | None:
     if job.plan.augmentation is None:
         return None
@@ -398,104 +329,3 @@ def _bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
-
-
-class _Log:
-    """log.jsonl and the trackers, written by the main process; the only place that waits for the device."""
-
-    def __init__(
-        self, path: Path, progress: checkpoint.Progress, checkpoints: Path, accelerator: Accelerator
-    ):
-        self._path, self._checkpoints, self._accelerator = path, checkpoints, accelerator
-        self._pending: list[tuple[int, int, dict[str, Tensor]]] = []
-        self._last = (progress.examples, progress.tokens, progress.seconds)
-        if not processes.is_main():
-            return
-        kept = [line for line in _lines(path) if line["step"] <= progress.step]
-        durable.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def note(self, step: int, stage: int, losses: Sequence[Loss], norm: Tensor, *, total: str) -> None:
-        """Keep a step's values, averaged over its batches, on the device until they are read.
-
-        Losses are this process's parts, which `check` adds up; the norm is the same in all processes.
-        `total` is `loss`, or `objective` for what a generator step raises.
-        """
-        values = {total: torch.stack([loss.total for loss in losses]).mean()}
-        for name in losses[0].terms:
-            values[name] = torch.stack([loss.terms[name] for loss in losses]).mean()
-        norm = norm.detach() / processes.count()
-        self._pending.append((step, stage, values | {"gradient_norm": norm}))
-
-    def check(self) -> dict[str, Any]:
-        """Read what is pending; raise `RunFailed` at the first value that is not finite."""
-        line: dict[str, Any] = {}
-        if not self._pending:
-            return line
-        read = [torch.stack(list(values.values())) for _, _, values in self._pending]
-        found = iter(processes.total(torch.cat(read)).tolist())
-        for step, stage, values in self._pending:
-            numbers = {name: next(found) for name in values}
-            wrong = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
-            if wrong:
-                saved = sorted(self._checkpoints.glob("step-*"))
-                good = f"The last good checkpoint is {saved[-1]}." if saved else "None was saved yet."
-                error = RunFailed(
-                    f"Training stopped at step {step} (stage {stage}): {', '.join(wrong)}, expected "
-                    f"finite numbers. {good} Lower training.learning_rate or set "
-                    "training.precision=float32 and start a new run."
-                )
-                error.shared = True
-                raise error
-            line = {"step": step, "stage": stage, **numbers}
-        self._pending.clear()
-        return line
-
-    def write(
-        self,
-        line: dict[str, Any],
-        progress: checkpoint.Progress,
-        *,
-        epoch: float,
-        rate: float,
-        record: dict[str, Any],
-    ) -> float:
-        """Append what `check` returned of the newest step; return examples per second since the last."""
-        seconds = max(progress.seconds - self._last[2], 1e-9)
-        speed = (progress.examples - self._last[0]) / seconds
-        line |= {
-            "epoch": round(epoch, 4),
-            "learning_rate": rate,
-            "examples_per_second": round(speed, 1),
-            "tokens_per_second": round((progress.tokens - self._last[1]) / seconds, 1),
-        }
-        if record:
-            line["record"] = record
-        self._last = (progress.examples, progress.tokens, progress.seconds)
-        self._append(line)
-        return speed
-
-    def write_metrics(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
-        """Append an evaluation."""
-        self._append({"step": step, "epoch": round(epoch, 4), "validation": metrics})
-
-    def _append(self, line: dict[str, Any]) -> None:
-        if not processes.is_main():
-            return
-        with (
-            durable.explain_writing(self._path),
-            self._path.open("a", encoding="utf-8") as stream,
-        ):
-            stream.write(json.dumps(line) + "\n")
-        flat = {key: value for key, value in line.items() if isinstance(value, int | float)}
-        flat |= {f"validation/{key}": value for key, value in line.get("validation", {}).items()}
-        self._accelerator.log(flat, step=line["step"])
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a log; a killed run may have left half of one at the end."""
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(text)
-            except ValueError:
-                return
