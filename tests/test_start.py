@@ -18,6 +18,11 @@ from stillroom.errors import WrongInput
 from stillroom.provenance import RECIPE
 from stillroom.recipe import MethodSettings
 from stillroom.run.parts import context_of
+from stillroom.start import folding
+from stillroom.start.basis import principal_projection
+from stillroom.start.families import FAMILIES
+from stillroom.start.statistics import statistics
+from stillroom.start.text import NORM_TOKENS, TOKENS, joined, sample
 from tiny import make_batch_of, make_encoder, make_rows, make_task, make_teacher, make_tokens, save_encoder
 
 TASK = make_task()
@@ -66,7 +71,7 @@ def covariance(width: int = 12, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("width", [2, 5, 11, 12])
 def test_projection_is_an_orthonormal_basis_of_the_principal_directions(width: int) -> None:
     matrix = covariance()
-    P = start.principal_projection(matrix, width)
+    P = principal_projection(matrix, width)
     assert torch.allclose(P.T @ P, torch.eye(width, dtype=torch.float64), atol=1e-12)
     # The constant vector is kept as the constant vector, so that centring commutes with P.
     assert torch.allclose(
@@ -79,13 +84,13 @@ def test_projection_is_an_orthonormal_basis_of_the_principal_directions(width: i
 
 
 def test_projection_is_the_identity_where_nothing_is_dropped() -> None:
-    assert torch.equal(start.principal_projection(covariance(), 12), torch.eye(12, dtype=torch.float64))
+    assert torch.equal(principal_projection(covariance(), 12), torch.eye(12, dtype=torch.float64))
 
 
 def test_projection_is_the_nearest_to_the_axes() -> None:
     """No rotation of the basis that keeps the constant vector lies nearer to the axes it stands for."""
     matrix = covariance()
-    P = start.principal_projection(matrix, 6)
+    P = principal_projection(matrix, 6)
     axes = P.square().sum(1).topk(6).indices.sort().values
     c = torch.full((6, 1), 6**-0.5, dtype=torch.float64)
     chance = torch.Generator().manual_seed(0)
@@ -126,7 +131,7 @@ def test_exact_where_the_widths_agree(family: str, layers: int) -> None:
 def test_exact_where_what_goes_writes_nothing_that_varies(family: str) -> None:
     """Half of the units write nothing, or the same in every state: a student without them is exact."""
     teacher = varied(make_encoder(family, layers=2))
-    names = start._FAMILIES[family]
+    names = FAMILIES[family]
     with torch.no_grad():
         for block in teacher.blocks()[1]:
             into, out = block.get_submodule(names.ffn_in), block.get_submodule(names.ffn_out)
@@ -147,7 +152,7 @@ def test_scores_are_exact_where_queries_and_keys_have_the_students_rank() -> Non
         torch.randn(500, 3, generator=chance).double() @ torch.randn(3, 8, generator=chance).double()
         for _ in range(2)
     )
-    A, B = start._reduced_scores(q.T @ q / 500, torch.cov(k.T, correction=0), 3)
+    A, B = folding._reduced_scores(q.T @ q / 500, torch.cov(k.T, correction=0), 3)
     centred = k - k.mean(0)
     assert torch.allclose((q @ A.T) @ (centred @ B.T).T / 3**0.5, q @ centred.T / 8**0.5, atol=1e-6)
 
@@ -158,9 +163,9 @@ def test_scores_lose_the_least() -> None:
     q, k = (torch.randn(4000, 6, generator=chance).double() * torch.arange(1, 7) for _ in range(2))
     k = k - k.mean(0)
     query, key = q.T @ q / 4000, k.T @ k / 4000
-    A, B = start._reduced_scores(query, key, 4)
+    A, B = folding._reduced_scores(query, key, 4)
     error = torch.eye(6).double() / 6**0.5 - A.T @ B / 4**0.5
-    singular = torch.linalg.svdvals(start._root(query) @ start._root(key)) / 6**0.5
+    singular = torch.linalg.svdvals(folding._root(query) @ folding._root(key)) / 6**0.5
     want = singular[4:].square().sum()
     assert (query @ error @ key @ error.T).trace().item() == pytest.approx(want.item(), rel=1e-9)
 
@@ -171,9 +176,9 @@ def test_scores_lose_the_least() -> None:
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_head_that_writes_most_is_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    whole = start.principal_projection
-    monkeypatch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
-    names = start._FAMILIES[family]
+    whole = principal_projection
+    monkeypatch.setattr(folding, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+    names = FAMILIES[family]
     for head in (0, 1):
         teacher = varied(make_encoder(family, layers=2))
         with torch.no_grad():
@@ -188,12 +193,12 @@ def test_the_head_that_writes_most_is_kept(family: str, monkeypatch: pytest.Monk
 def test_the_mean_of_what_goes_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the mean state a kept head's query is the teacher's, and at the mean context what is written."""
     seen = []
-    whole = start.principal_projection
-    monkeypatch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+    whole = principal_projection
+    monkeypatch.setattr(folding, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
     teacher = varied(make_encoder(layers=1))
     found = made("1x8x1x32", teacher)
-    names, P = start._FAMILIES["bert"], seen[-1]
-    stats = start._statistics(teacher, names, (1,), start.sample(make_tokens(ROWS, teacher), start.TOKENS))
+    names, P = FAMILIES["bert"], seen[-1]
+    stats = statistics(teacher, names, (1,), sample(make_tokens(ROWS, teacher), TOKENS))
 
     def layer(model: Encoder, name: str) -> tuple[Tensor, Tensor]:
         linear: Any = model.blocks()[1][0].get_submodule(getattr(names, name))
@@ -213,8 +218,8 @@ def test_the_mean_of_what_goes_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", KNOWN)
 def test_states_follow_the_teachers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    whole = start.principal_projection
-    monkeypatch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+    whole = principal_projection
+    monkeypatch.setattr(folding, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
     teacher = varied(make_encoder(family, layers=4, width=32))
     found = made("2x24x2x48", teacher)
     mask = make_batch_of(ROWS, teacher).student.attention_mask.bool()
@@ -291,11 +296,11 @@ def test_norms_are_fitted_by_least_squares() -> None:
     teacher = varied(make_encoder(layers=2, width=32))
     tokens = make_tokens(ROWS, teacher)
     seen: list[Tensor] = []
-    whole = start.principal_projection
+    whole = principal_projection
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+        patch.setattr(folding, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
         found = student.build("2x24x2x48", teacher, TASK, seed=0, init="pca", tokens=tokens)
-    inputs = start._joined(start.sample(tokens, start.NORM_TOKENS))
+    inputs = joined(sample(tokens, NORM_TOKENS))
     mask = inputs.attention_mask.bool()
     assert len(mask) == len(ROWS)
     with torch.no_grad():
@@ -320,8 +325,8 @@ def masked_lm(family: str, *, width: int = 24) -> Encoder:
 def test_a_masked_lm_head_is_folded(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact without a narrower width; else the logits' mean is kept, and most of what varies in them."""
     seen = []
-    whole = start.principal_projection
-    monkeypatch.setattr(start, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
+    whole = principal_projection
+    monkeypatch.setattr(folding, "principal_projection", lambda *a: seen.append(whole(*a)) or seen[-1])
     teacher = masked_lm(family)
     tokens = make_tokens(ROWS, teacher)
     same = student.build("2x24x2x48", teacher, None, seed=0, init="random")
@@ -330,7 +335,7 @@ def test_a_masked_lm_head_is_folded(family: str, monkeypatch: pytest.MonkeyPatch
     folded = student.build("2x20x2x48", teacher, None, seed=0, init="pca", tokens=tokens)
     rest = student.build("2x20x2x48", teacher, None, seed=0, init="random")
     start.fold(teacher, rest, (1, 2), tokens)
-    for name in start._FAMILIES[family].masked_lm:
+    for name in FAMILIES[family].masked_lm:
         fresh = student.build("2x20x2x48", teacher, None, seed=1, init="random").model.get_submodule(name)
         rest.model.get_submodule(name).load_state_dict(fresh.state_dict())
     mask = make_batch_of(ROWS, teacher).student.attention_mask.bool()
@@ -343,8 +348,8 @@ def test_a_masked_lm_head_is_folded(family: str, monkeypatch: pytest.MonkeyPatch
 
     assert lost(found) < 0.5 < 2 < lost(without)
     # At the mean state the linear layer gives what the teacher's does.
-    names, P = start._FAMILIES[family], seen[-1]
-    stats = start._statistics(teacher, names, (1, 2), start.sample(tokens, start.TOKENS))
+    names, P = FAMILIES[family], seen[-1]
+    stats = statistics(teacher, names, (1, 2), sample(tokens, TOKENS))
     mean = stats.blocks[-1].state.mean[0]
     old, new = (model.model.get_submodule(names.masked_lm[0]).double() for model in (teacher, folded))
     assert torch.allclose(new(P.T @ mean), P.T @ old(mean), atol=1e-5)
