@@ -64,6 +64,12 @@ def test_no_method_imports_another(path: Path) -> None:
     assert found <= METHOD_MAY_IMPORT - {path.stem}
 
 
+def test_only_the_encoder_swaps_the_attention_of_a_model() -> None:
+    hooks = "AttentionInterface", "AttentionMaskInterface", "set_attn_implementation"
+    files = {path for path in FILES if any(hook in path.read_text(encoding="utf-8") for hook in hooks)}
+    assert {stands_in(path) for path in files} == {"encoder"}
+
+
 def test_the_check_finds_what_it_looks_for() -> None:
     source = "def f():\n    from stillroom.training.loop import train\n    import stillroom.run, os\n"
     assert imported(source) == {"training.loop.train", "run"}

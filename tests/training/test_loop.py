@@ -20,6 +20,7 @@ from stillroom.encoder import Encoder, Needs, Outputs, weights_hash
 from stillroom.methods.base import Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels
 from stillroom.training.loop import Job, Trained, train
+from stillroom.training.schedule import Schedule
 from tiny import make_batch_of, make_encoder, make_job
 
 QUIET = Console(quiet=True)
