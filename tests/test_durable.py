@@ -345,7 +345,7 @@ def test_an_output_folder_must_be_new_or_empty(tmp_path: Path) -> None:
     (folder / "teacher").mkdir()
     with pytest.raises(WrongInput, match="new or empty, found .*run. Take another."):
         durable.require_empty(folder, "Take another.")
-    durable.require_empty(folder, "", besides=folder / "teacher")
+    durable.require_empty(folder, "", besides=["teacher"])
     (folder / "notes.txt").write_text("")
     with pytest.raises(WrongInput):
-        durable.require_empty(folder, "", besides=folder / "teacher")
+        durable.require_empty(folder, "", besides=["teacher"])

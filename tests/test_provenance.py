@@ -62,6 +62,58 @@ def test_another_teacher_is_refused(done: Path) -> None:
         resume(done)
 
 
+def test_another_configuration_of_the_teacher_is_refused(done: Path) -> None:
+    """The weights are the same, and compute something else."""
+    path = done.parent / "teacher" / "config.json"
+    path.write_text(path.read_text().replace('"hidden_act": "gelu"', '"hidden_act": "relu"'))
+    assert "relu" in path.read_text()
+    with pytest.raises(WrongInput, match="The configuration of the teacher changed since"):
+        resume(done)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("training.learning_rate", 0.5), ("training.epochs", 2.0), ("method.temperature", 9.0)],
+)
+def test_another_recipe_is_refused(done: Path, key: str, value: float) -> None:
+    path = done / provenance.RECIPE
+    recipe = yaml.safe_load(path.read_text())
+    part, name = key.split(".")
+    recipe[part][name] = value
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(
+        WrongInput, match=rf"recipe.yaml changed since this run started: {key} was .*, found"
+    ):
+        resume(done)
+
+
+def test_what_does_not_make_the_student_may_change(done: Path) -> None:
+    path = done / provenance.RECIPE
+    recipe = yaml.safe_load(path.read_text())
+    recipe["training"].update(checkpoint_every=7, log_every=3)
+    path.write_text(yaml.safe_dump(recipe))
+    assert "Warning" not in resume(done)
+
+
+def test_a_run_of_an_earlier_version_goes_on(done: Path) -> None:
+    path = done / provenance.INPUTS
+    found = json.loads(path.read_text())
+    del found["recipe"], found["inputs"]["configuration of the teacher"]
+    path.write_text(json.dumps(found))
+    assert "Warning" not in resume(done)
+
+
+def test_a_run_that_was_killed_before_its_recipe_starts_again(done: Path) -> None:
+    recipe = Recipe.load(done / provenance.RECIPE)
+    again = done.parent / "again"
+    again.mkdir()
+    (again / provenance.INPUTS).write_bytes((done / provenance.INPUTS).read_bytes())
+    with pytest.raises(WrongInput, match="start it again without --resume"):
+        resume(again)
+    distill(recipe, again, console=Console(quiet=True))
+    assert (again / "student" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize("part", ["text", "label"])
 def test_another_row_is_refused(done: Path, monkeypatch: pytest.MonkeyPatch, split: str, part: str) -> None:

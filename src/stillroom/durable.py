@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -221,15 +221,15 @@ def locked(
         lock.release()
 
 
-def require_empty(folder: Path, remedy: str, *, besides: Path | None = None) -> None:
+def require_empty(folder: Path, remedy: str, *, besides: Iterable[str] = ()) -> None:
     """Raise `WrongInput` if `folder` holds anything but Stillroom's lock file.
 
     Args:
         folder: It need not exist.
         remedy: Ends the message.
-        besides: An entry of `folder` that may be there, such as the teacher of a run.
+        besides: Names of entries that may be there, such as the teacher of a run.
     """
-    allowed = {LOCK} if besides is None else {LOCK, besides.name}
+    allowed = {LOCK, *besides}
     if folder.is_dir() and all(entry.name in allowed for entry in folder.iterdir()):
         return
     if folder.exists():

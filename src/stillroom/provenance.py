@@ -37,14 +37,14 @@ def inputs_of(
 ) -> dict[str, str]:
     """Return the SHA-256 of everything the student is made from, by name.
 
-    The teacher's weights, the student's and the generator's at the start, and of each split tokens,
-    labels and soft labels.
+    Weights and configuration of the teacher, of the student and the generator at the start, and of each
+    split tokens, labels and soft labels.
     """
-    found = {} if teacher is None else {"teacher": weights_hash(teacher.model)}
-    if student is not None:
-        found["student at the start"] = weights_hash(student.model)
-    if generator is not None:
-        found["generator at the start"] = weights_hash(generator.model)
+    models = {"teacher": teacher, "student at the start": student, "generator at the start": generator}
+    found: dict[str, str] = {}
+    for name, part in models.items():
+        if part is not None:
+            found |= hashes_of(part.model, name)
     for name, rows in dataset.splits.items():
         digest = hashlib.sha256(rows.labels.tobytes())
         if rows.soft_labels is not None:
@@ -54,6 +54,21 @@ def inputs_of(
             digest.update(kept.ids.tobytes())
         found[f"{name} rows"] = digest.hexdigest()
     return found
+
+
+def hashes_of(model: Any, name: str) -> dict[str, str]:
+    """Return the SHA-256 of a model's weights, under its name, and of its configuration."""
+    # Names and paths say where it came from, and the version who reads it: not what it computes.
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if not key.startswith("_") and key != "transformers_version"
+    }
+    text = json.dumps(config, sort_keys=True, default=str)
+    return {
+        name: weights_hash(model),
+        f"configuration of the {name}": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def environment(*, bf16: bool) -> dict[str, Any]:
@@ -71,29 +86,47 @@ def environment(*, bf16: bool) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, inputs: dict[str, str], machine: dict[str, Any]) -> None:
-    """Write down what a run starts from."""
-    durable.write_json(folder / INPUTS, {"inputs": inputs, "environment": machine})
+def save(
+    folder: Path, inputs: dict[str, str], machine: dict[str, Any], recipe: dict[str, Any] | None = None
+) -> None:
+    """Write down what a run starts from, and what its recipe says of the student beside that."""
+    recipe = recipe or {}
+    durable.write_json(folder / INPUTS, {"inputs": inputs, "environment": machine, "recipe": recipe})
 
 
-def require_same(folder: Path, inputs: dict[str, str], machine: dict[str, Any], console: Console) -> None:
+def require_same(
+    folder: Path,
+    inputs: dict[str, str],
+    machine: dict[str, Any],
+    console: Console,
+    recipe: dict[str, Any] | None = None,
+) -> None:
     """Check that a resumed run still learns from what it started from.
 
     Raises:
-        WrongInput: If teacher, student or rows are not what they were, naming both hashes: going on
-            would make another run. Another machine, version or number of processes or threads only
-            warns: the last bits may differ, and between numbers of processes dropout does.
+        WrongInput: If teacher, student or rows are not what they were, naming both hashes, or the
+            recipe is not, naming the key: going on would make another run. Another machine, version or
+            number of processes or threads only warns: the last bits may differ, and between numbers of
+            processes dropout does.
     """
     try:
         before = json.loads((folder / INPUTS).read_text(encoding="utf-8"))
         old_inputs, old_machine = dict(before["inputs"]), dict(before["environment"])
+        old_recipe = dict(before.get("recipe", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WrongInput(
             f"{folder / INPUTS} cannot be read ({type(error).__name__}: {error}), so it is not known "
             "what the run started from. Start it again in a new folder."
         ) from None
+    for key, now in (recipe or {}).items():
+        # What an earlier version did not write down cannot be compared.
+        if old_recipe.get(key, now) != now:
+            raise WrongInput(
+                f"{folder / RECIPE} changed since this run started: {key} was "
+                f"{old_recipe[key]}, found {now}. Going on would make another run: put it back, or start again in a new folder."
+            )
     for name, now in inputs.items():
-        then = str(old_inputs.get(name))
+        then = str(old_inputs.get(name, now))
         if then != now:
             raise WrongInput(
                 f"The {name} changed since this run started: SHA-256 {then[:12]} then, {now[:12]} now. "

@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from stillroom import durable, processes, provenance
 from stillroom.errors import WrongInput
-from stillroom.provenance import CONTROL, RECIPE, environment
+from stillroom.provenance import CONTROL, INPUTS, RECIPE, environment
 from stillroom.recipe import PretrainRecipe, Recipe
 
 R = TypeVar("R", Recipe, PretrainRecipe)
@@ -57,7 +57,9 @@ def held(folder: Path, *, resume: bool, dry_run: bool, besides: Path | None = No
                         durable.remove_leftovers(place)
                 if not resume:
                     remedy = "Give another folder, or go on with --resume."
-                    durable.require_empty(folder, remedy, besides=besides)
+                    # A run that was killed before it wrote its recipe left no more than its inputs.
+                    allowed = [INPUTS] if besides is None else [INPUTS, besides.name]
+                    durable.require_empty(folder, remedy, besides=allowed)
         yield
 
 
@@ -82,10 +84,25 @@ def begin(
     """
     machine = environment(bf16=bf16)
     if resume:
-        provenance.require_same(folder, inputs, machine, console)
+        provenance.require_same(folder, inputs, machine, console, _settings(recipe))
         return recipe
-    provenance.save(folder, inputs, machine)
     training = recipe.training.model_copy(update={"precision": machine["precision"]})
     recipe = recipe.model_copy(update={"training": training})
+    provenance.save(folder, inputs, machine, _settings(recipe))
     recipe.save(folder / RECIPE)
     return recipe
+
+
+_HARMLESS = {"checkpoint_every", "keep_checkpoints", "log_every", "log_with"}
+"""Settings of the training that a run may be resumed with changed: its student is the same."""
+
+
+def _settings(recipe: Recipe | PretrainRecipe) -> dict[str, Any]:
+    """Return what the recipe says of the training and its method, by key. Models and rows have hashes."""
+    found = recipe.model_dump(mode="json", include={"training", "method"})
+    return {
+        f"{part}.{key}": value
+        for part in found
+        for key, value in found[part].items()
+        if key not in _HARMLESS and key != "generator"
+    }

@@ -17,12 +17,12 @@ from stillroom.data.batching import Batch, make_batch
 from stillroom.data.packed import Packed
 from stillroom.data.tasks import Dataset, Rows, Task
 from stillroom.data.tokens import Tokens, fingerprint
-from stillroom.encoder import Encoder, weights_hash
+from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.evaluation.held_out import follow
 from stillroom.methods.base import Context, Plan
-from stillroom.provenance import METRICS, STUDENT, environment
+from stillroom.provenance import METRICS, STUDENT, environment, hashes_of
 from stillroom.recipe import PretrainRecipe
 from stillroom.report import page
 from stillroom.run import opening
@@ -209,9 +209,9 @@ class _Parts:
         self, recipe: PretrainRecipe, folder: Path, console: Console, *, resume: bool
     ) -> PretrainRecipe:
         """Write down what the run starts from, or with `resume` check that it still is that."""
-        inputs = {"teacher": weights_hash(self.teacher.model), "text": self.text.key}
+        inputs = {**hashes_of(self.teacher.model, "teacher"), "text": self.text.key}
         if self.init != "pca":
-            inputs["student at the start"] = weights_hash(self.student.model)
+            inputs |= hashes_of(self.student.model, "student at the start")
         recipe = recipe.model_copy(update={"init": self.init})
         return opening.begin(recipe, folder, inputs, console, bf16=self.bf16, resume=resume)
 
