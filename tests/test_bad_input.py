@@ -39,7 +39,7 @@ def recipe(folder: Path, teacher: Encoder | None = None, **given: Any) -> Recipe
     place = folder / "teacher"
     (teacher or make_teacher()).save(place)
     training = {"epochs": 1, "batch_size": 8, **given.pop("training", {})}
-    method = {"name": "lrc-bert", "perturbation_norm": "tensor"}
+    method = {"name": "lrc-bert"}
     chosen = {"student": "2x16x2x32", "method": method, **given}
     return Recipe.load(
         teacher=str(place),

@@ -1,5 +1,6 @@
 """What the documents say holds: links lead somewhere, keys and options exist, the README's code runs."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -79,6 +80,31 @@ def test_readme_lists_every_method_with_its_status() -> None:
         assert f"docs/methods/{method.name}.md" in row
         assert method.status in row
         assert method.paper in row
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_readme_says_what_was_measured_of_each_method(name: str) -> None:
+    """Seed 0: the mean of the shares kept of each task, and the student's mean by the teacher's."""
+    row = next(line for line in README.splitlines() if line.startswith(f"| [`{name}`]"))
+    tasks = json.loads((ROOT / "benchmarks/results.json").read_text())["tasks"].values()
+    perturbed = name in {"lrc-bert", "angular-emd"}
+    cells = []
+    for student in ("layers:2,4,6", "4x312 from pca"):
+        made = [
+            task["students"][student]["methods"].get(f"{name}, tensor norm" if perturbed else name)
+            for task in tasks
+        ]
+        if any(found is None or "0" not in found["seeds"] for found in made):
+            cells.append("-")
+            continue
+        pairs = [
+            (found["seeds"]["0"][task["metric"]], task["teacher"]["metrics"][task["metric"]])
+            for found, task in zip(made, tasks, strict=True)
+        ]
+        shares = 100 * sum(mine / its for mine, its in pairs) / len(pairs)
+        whole = 100 * sum(mine for mine, _ in pairs) / sum(its for _, its in pairs)
+        cells.append(f"{shares:.1f} % ({whole:.1f})")
+    assert row.endswith(f"| {' | '.join(cells)} |")
 
 
 def test_readme_commands_are_commands() -> None:

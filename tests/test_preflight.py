@@ -64,8 +64,7 @@ def make_run(
     dataset = dataset or make_dataset(kind, pair=pair)
     teacher = teacher or make_teacher(dataset.task.kind, pair=pair)
     student = student or make_encoder(task=dataset.task)
-    # As specified it would be warned of.
-    options = {**({"perturbation_norm": "tensor"} if method == "lrc-bert" else {}), **(options or {})}
+    options = options or {}
     plan = make_plan(student, teacher, dataset.task, len(dataset.splits["train"]), method=method, **options)
 
     def tokens_of(model: Encoder) -> dict[str, Any]:
@@ -612,6 +611,8 @@ def test_embeddings_that_cannot_be_perturbed_are_refused(tmp_path: Path) -> None
         ({"perturbation_norm": "token", "epsilon": 0.1}, False),
         ({"perturbation_norm": "token", "perturbation": "off"}, False),
         ({"perturbation_norm": "tensor"}, False),
+        # The default.
+        ({}, False),
     ],
 )
 def test_a_perturbation_that_stalls_short_trainings_is_a_warning(

@@ -123,7 +123,8 @@ def require_same(
         if old_recipe.get(key, now) != now:
             raise WrongInput(
                 f"{folder / RECIPE} changed since this run started: {key} was "
-                f"{old_recipe[key]}, found {now}. Going on would make another run: put it back, or start again in a new folder."
+                f"{old_recipe[key]}, found {now}. Going on would make another run: put it back, or start "
+                "again in a new folder."
             )
     for name, now in inputs.items():
         then = str(old_inputs.get(name, now))

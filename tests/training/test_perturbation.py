@@ -109,8 +109,9 @@ def test_loss_rises_by_epsilon_times_the_length_of_the_gradient() -> None:
     assert rise == pytest.approx(1e-2 * gradient.norm().item(), rel=0.05)
 
 
-def test_gradient_of_the_weights_is_that_of_the_second_pass_alone() -> None:
-    distiller, teacher, batch, plan = lrc_bert()
+@pytest.mark.parametrize("norm", ["token", "tensor"])
+def test_gradient_of_the_weights_is_that_of_the_second_pass_alone(norm: Any) -> None:
+    distiller, teacher, batch, plan = lrc_bert(perturbation_norm=norm)
     stage = plan.stages[1]
     goals = teacher(batch, plan.teacher_needs(stage))
     distiller(batch, goals, stage).total.backward()
@@ -128,7 +129,7 @@ def test_gradient_of_the_weights_is_that_of_the_second_pass_alone() -> None:
     loss, seen = loss_at(None)
     (gradient,) = torch.autograd.grad(loss, seen.embeddings)
     clean = torch.autograd.grad(loss_at(None)[0], distiller.terms["cos_nce"].projection)[0]
-    second, _ = loss_at(perturbation(gradient, epsilon=1.0, norm="token"))
+    second, _ = loss_at(perturbation(gradient, epsilon=1.0, norm=norm))
     second.backward()
     want = {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
     assert found.keys() == want.keys()
@@ -235,7 +236,7 @@ def test_terms_are_differentiated_in_float32_under_autocast(monkeypatch: pytest.
     plan = methods.build(MethodSettings(name="lrc-bert"), context)
     batch = make_batch_of(make_rows(make_task(), 6), make_encoder())
     goals = Outputs(torch.empty(0), {1: torch.randn(*batch.student.input_ids.shape, 24)})
-    assert plan.perturbation == Perturbation(1.0, "token")
+    assert plan.perturbation == Perturbation(1.0, "tensor")
     want = gradient_of_embeddings(table, plan, batch, goals, bf16=False)  # type: ignore[arg-type]
     found = gradient_of_embeddings(table, plan, batch, goals, bf16=True)  # type: ignore[arg-type]
     assert want.abs().max() > 1e-3

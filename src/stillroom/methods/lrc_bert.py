@@ -61,8 +61,8 @@ class LRCBertSettings(Settings):
     """Stages in which the step is taken on perturbed embeddings."""
     epsilon: Annotated[float, Field(gt=0)] = 1.0
     """Length of the perturbation."""
-    perturbation_norm: Literal["token", "tensor"] = "token"
-    """Whether each token's gradient, or the whole tensor's, is scaled to epsilon."""
+    perturbation_norm: Literal["tensor", "token"] = "tensor"
+    """Whether the whole batch's gradient, or each token's, is scaled to epsilon."""
 
 
 class CosNCE(Term):
@@ -219,7 +219,7 @@ METHOD = Method(
     title="LRC-BERT",
     paper="Fu et al. 2021, arXiv 2012.07335",
     summary="Angular contrastive loss on intermediate layers, perturbed embeddings, two stages.",
-    status="as re-implemented by GLMKD and BERT-gang",
+    status="as re-implemented by GLMKD and BERT-gang, but for the norm of the perturbation",
     settings=LRCBertSettings,
     build=build,
     pretrain=pretrain,
