@@ -16,7 +16,6 @@ and to `kd+hidden`: its median over rounds, with the teacher's pass and (`studen
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import toys
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -246,8 +246,10 @@ def main() -> None:
         if runs:
             taught.add(name)
     found = summary(measure(steps, batches, options.warmup), taught)
+    here = toys.machine()
     machine = {
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+        "machine": here["gpu"] or here["processor"],
+        "date": here["date"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],

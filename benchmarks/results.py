@@ -386,6 +386,14 @@ class Measurement:
                 drawn.append(flow.write(runs, folder / f"flow-{task}.svg", title=f"{task}, {seeds}"))
         return drawn
 
+    def as_done(self, task: str, plan: Plan) -> dict[str, Any]:
+        """Return the plan, with the epochs and the rate that the teacher there was fine-tuned with."""
+        recipe = self.work / task / "teacher" / "recipe.yaml"
+        if recipe.exists():
+            done = FinetuneRecipe.load(recipe).training
+            plan = replace(plan, teacher_epochs=done.epochs, teacher_rate=done.learning_rate)
+        return asdict(plan)
+
     def figures(self) -> dict[str, Any]:
         """Return every figure of what is done of the tasks and students that are asked for."""
         places = [(t, arm, self.folder(t, arm)) for t in self.tasks for arm in self.arms]
@@ -402,10 +410,11 @@ class Measurement:
                 "rates": {arm.name: self.chosen(arm) for arm in self.arms if not arm.augmented},
                 "ablations": ["lrc-bert, tensor norm", *ABLATIONS],
                 "batch_size": BATCH_SIZE,
-                "tasks": {task: asdict(plan) for task, plan in self.tasks.items()},
+                "tasks": {task: self.as_done(task, plan) for task, plan in self.tasks.items()},
                 "starts": {arm.name: start(arm.init) for arm in self.arms if not arm.augmented},
             },
             "tuning": {arm.name: self.tuning(arm) for arm in self.arms if not arm.augmented},
+            "dates": dates(folders),
             "tasks": {},
         }
         for (task, arm, _), compared in zip(places, found, strict=True):
@@ -423,6 +432,12 @@ class Measurement:
                 "methods": {name: figure(one, metric) for name, one in methods.items()},
             }
         return figures
+
+
+def dates(folders: Sequence[Path]) -> list[str]:
+    """Return the days on which the first and the last of the trainings ended."""
+    ended = sorted(path.stat().st_mtime for place in folders for path in place.rglob("metrics.json"))
+    return [time.strftime("%Y-%m-%d", time.gmtime(each)) for each in ended[:1] + ended[-1:]]
 
 
 def figure(one: dict[str, Any], metric: str) -> dict[str, Any]:
