@@ -74,7 +74,8 @@ def test_methods_are_measured_from_every_start(run: Callable[..., str], tmp_path
     assert f"**{names[2]}**" in tables and "| minus none | sst2 (accuracy) |" in tables
 
 
-def test_what_is_kept_of_several_tasks_is_counted_both_ways() -> None:
+def test_what_is_kept_of_several_tasks_is_counted_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module("results")
     tasks = {
         name: {"metric": "mcc", "teacher": {"metrics": {"mcc": score}}}
