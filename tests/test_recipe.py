@@ -1,6 +1,7 @@
 """Recipes: what is refused and how it is said, `a.b=c`, and YAML there and back."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from stillroom.recipe import (
     read_tries,
     read_yaml,
     set_value,
+    setting,
     validate,
 )
 
@@ -105,6 +107,20 @@ def test_an_option_of_another_method_is_refused() -> None:
         ("dataset.text=a,b", "dataset.text: expected a list in brackets, found 'a,b'"),
         ("dataset.soft_labels=''", "dataset.soft_labels: expected text that is not empty, found ''"),
         ("dataset.augmented=3", "dataset.augmented: expected a path, found 3"),
+        ("training.batch_size=010", "training.batch_size: expected a whole number, found '010'"),
+        ("training.batch_size=0x10", "training.batch_size: expected a whole number, found '0x10'"),
+        ("training.batch_size=1_000", "training.batch_size: expected a whole number, found '1_000'"),
+        ("training.batch_size='16'", "training.batch_size: expected a whole number, found '16'"),
+        ("training.batch_size=1:30", "training.batch_size: expected a whole number, found '1:30'"),
+        ("training.learning_rate=01.5", "training.learning_rate: expected a number, found '01.5'"),
+        ("training.learning_rate=1_0.5", "training.learning_rate: expected a number, found '1_0.5'"),
+        ("training.epochs=true", "training.epochs: expected a number, found True"),
+        ("training.batch_size=true", "training.batch_size: expected a whole number, found True"),
+        ("training.patience=true", "training.patience: expected a whole number, found True"),
+        ("method.layer_map=[true]", "method.layer_map: expected a whole number, found .True."),
+        ("training.epochs=1e12", "training.epochs: .*less than or equal to 100000, found 1"),
+        ("dataset.labels=[true,false]", 'dataset.labels.0: expected text in quotes.*"true","false"'),
+        ("dataset.labels=[0.5]", "dataset.labels.0: expected text, found 0.5"),
         ("method.epsilon=.inf", "method.epsilon: .*finite"),
         ("method.temperature=0", "method.temperature: .*greater than 0"),
     ],
@@ -137,6 +153,21 @@ def test_pydantics_words_never_reach_the_user(model: type[BaseModel]) -> None:
                     assert not re.search(r"Input|a valid|should have|tuple|dictionary|constrained", line), (
                         line
                     )
+
+
+def test_whole_numbers_may_be_written_with_a_point() -> None:
+    assert recipe("teacher.max_bytes=2e10").teacher == TeacherSettings(name="t", max_bytes=20_000_000_000)
+
+
+def test_labels_may_be_whole_numbers() -> None:
+    assert recipe("dataset.labels=[1,0,x]").dataset.labels == ("1", "0", "x")
+
+
+@pytest.mark.parametrize("names", [["1", "0"], ["it's", 'a "b"', "c, d"], ["true", "\u00e9", "$x"]])
+def test_a_setting_in_a_message_can_be_typed(names: list[str]) -> None:
+    option, override = shlex.split(setting("dataset.labels", names))
+    assert option == "--set"
+    assert recipe(override).dataset.labels == tuple(names)
 
 
 def test_every_wrong_key_has_a_line() -> None:
@@ -175,6 +206,12 @@ def test_a_recipe_is_frozen() -> None:
     ("override", "want"),
     [
         ("a=1", {"a": 1}),
+        ("a=+12", {"a": 12}),
+        ("a=0", {"a": 0}),
+        ("a=010", {"a": "010"}),
+        ("a=0x10", {"a": "0x10"}),
+        ("a=1_000", {"a": "1_000"}),
+        ("a=12:30", {"a": "12:30"}),
         ("a=1e-4", {"a": 1e-4}),
         ("a=5E3", {"a": 5000.0}),
         ("a=-2.5", {"a": -2.5}),
@@ -392,6 +429,10 @@ COMPARED = {"teacher": "t", "dataset": "d", "methods": ["kd"]}
                 **{**COMPARED, "methods": {"a": {"method": "kd", "training": {"seed": 5}}}}
             ),
             "expected no training.seed of a",
+        ),
+        (
+            lambda: Comparison.load(**{**COMPARED, "methods": ["kd", "none", "kd"]}),
+            r"methods should differ, found \['kd', 'none', 'kd'\]",
         ),
         (lambda: validate(Recipe, [1]), "should hold `key: value` lines"),  # type: ignore[arg-type]
         (lambda: read_tries("[1,2"), "the values are not YAML"),

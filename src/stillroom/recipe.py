@@ -3,12 +3,23 @@
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
 
 from stillroom import durable
 from stillroom.errors import WrongInput
@@ -24,6 +35,36 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would read true as 1, and the text "1_000" as a number."""
+        inside = set(_within(cls.model_fields[info.field_name or ""].annotation))
+        if inside & {int, float} and not inside & {str, Path, Any}:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                is_bool = isinstance(one, bool) and bool not in inside
+                if is_bool or (isinstance(one, str) and _NUMERIC.fullmatch(one)):
+                    raise PydanticKnownError("float_type" if float in inside else "int_type")
+        return value
+
+
+_NUMERIC = re.compile(r"[-+\s\d._eE]*\d[-+\s\d._eE]*")
+"""Text that Pydantic might read as a number."""
+
+
+def _within(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _within(part)
+
+
+def _as_label(value: Any) -> Any:
+    """Return a whole number as its text, as files have it."""
+    if isinstance(value, bool):
+        raise ValueError('expected text in quotes, such as \'["true","false"]\'')
+    return str(value) if isinstance(value, int) else value
 
 
 class DatasetSettings(Settings):
@@ -41,7 +82,7 @@ class DatasetSettings(Settings):
     """Label column; found by its usual names if not given."""
     kind: Literal["auto", "classification", "regression", "multi-label"] = "auto"
     """What the labels mean; `auto` reads it off the column."""
-    labels: tuple[str, ...] | None = None
+    labels: tuple[Annotated[str, BeforeValidator(_as_label)], ...] | None = None
     """Class names in the order of the label numbers, for files whose labels are numbers."""
     max_length: Annotated[int, Field(ge=8)] = 128
     """Rows are cut to this many tokens."""
@@ -80,10 +121,14 @@ class MethodSettings(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+_MOST_EPOCHS = 100_000
+"""Far more than anyone trains, and few enough that each can be laid out before the first."""
+
+
 class TrainingSettings(Settings):
     """The training loop's settings, the same for every method."""
 
-    epochs: Annotated[float, Field(gt=0)] = 3
+    epochs: Annotated[float, Field(gt=0, le=_MOST_EPOCHS)] = 3
     """Passes over the training rows; a fraction is allowed."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Most rows in a batch, over all processes that share it."""
@@ -269,6 +314,11 @@ class OutOfDomainSettings(Settings):
         return values
 
 
+def _require_different(name: str, given: Sequence[Any]) -> None:
+    if len(set(given)) < len(given):
+        raise ValueError(f"{name} should differ, found {list(given)}")
+
+
 _MOST_SEEDS = 1_000
 """Far more than anyone compares, and few enough to write down."""
 
@@ -295,7 +345,9 @@ class Comparison(_RecipeFile):
         if isinstance(values, Mapping):
             values = dict(values)
             if isinstance(values.get("methods"), list | tuple):
-                values["methods"] = {str(text): str(text) for text in values["methods"]}
+                names = [str(text) for text in values["methods"]]
+                _require_different("methods", names)
+                values["methods"] = {name: name for name in names}
             count = values.get("seeds")
             if isinstance(count, int):
                 if count > _MOST_SEEDS:
@@ -317,8 +369,7 @@ class Comparison(_RecipeFile):
     @model_validator(mode="after")
     def _nothing_twice(self) -> Self:
         for name, given in (("students", self.students), ("seeds", self.seeds)):
-            if len(set(given)) < len(given):
-                raise ValueError(f"{name} should differ, found {list(given)}")
+            _require_different(name, given)
         return self
 
     def recipe(self, student: str, variant: str, seed: int) -> Recipe:
@@ -422,8 +473,7 @@ class Sweep(Recipe):
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
-        if len(set(self.objectives)) < len(self.objectives):
-            raise ValueError(f"objectives should differ, found {list(self.objectives)}")
+        _require_different("objectives", self.objectives)
         for key, given in self.tries.items():
             if isinstance(given, list) and not given:
                 raise ValueError(f"expected values for {key}, found none")
@@ -474,7 +524,7 @@ class TextSettings(Settings):
 class PretrainingSettings(TrainingSettings):
     """The training loop's settings, with the defaults of task-agnostic distillation."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Annotated[float, Field(gt=0, le=_MOST_EPOCHS)] = 1
     """Passes over the text; a fraction is allowed."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Most sequences in a batch."""
@@ -508,13 +558,17 @@ class PretrainRecipe(_File):
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML as version 1.2 reads it: `off` is a word, 1e-4 is a number, and a date is text."""
+    """YAML as version 1.2 reads it: `off` is a word, 1e-4 is a number, and a date is text.
+
+    A number that others read otherwise is text, too, and refused where a number is expected: 010 (8 or
+    10), 0x10, 1_000, and 12:30 (750).
+    """
 
     yaml_implicit_resolvers = {
         first: [
             (tag, pattern)
             for tag, pattern in resolvers
-            if not tag.endswith((":bool", ":float", ":timestamp"))
+            if not tag.endswith((":bool", ":int", ":float", ":timestamp"))
         ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -523,10 +577,14 @@ class _Yaml(yaml.SafeLoader):
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+# Before the numbers with a point: the first that fits is taken.
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789")
+)
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+        r"([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
     ),
     list("-+0123456789."),
 )
@@ -587,6 +645,18 @@ def validate(model: type[_Model], values: Mapping[str, Any], section: str = "") 
         return model.model_validate(dict(values))
     except ValidationError as error:
         raise WrongInput("\n".join(_explain(model, error.errors(), section))) from None
+
+
+def setting(key: str, value: Any) -> str:
+    """Return the option that sets a key, as it is typed in a shell.
+
+    Example:
+        >>> print(setting("dataset.labels", ["1", "it's"]))
+        --set 'dataset.labels=["1","it'"'"'s"]'
+    """
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"--set {shlex.quote(f'{key}={value}')}"
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
