@@ -220,6 +220,20 @@ def test_pieces_are_bounded_in_rows_and_bytes(tmp_path: Path, monkeypatch: pytes
     assert [first for _, first in sizes] == list(np.cumsum([0, *(rows for rows, _ in sizes)])[:-1])
 
 
+@pytest.mark.parametrize(
+    ("head", "separator"), [("", ","), ("\ufeff\ufeff", ","), ("\ufeffsep=;\n", ";"), ("sep=,\r\n", ",")]
+)
+def test_marks_of_other_programs_are_no_part_of_the_first_row(
+    tmp_path: Path, head: str, separator: str
+) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text(head + "text,n\na,1\nb,2\n".replace(",", separator))
+    with source.open("rb") as stream:
+        (table,) = streams.Stream(stream, "in", "csv").tables()
+    assert table.columns == {"text": ["a", "b"], "n": ["1", "2"]}
+    assert table.lines == ([3, 4] if "sep" in head else [2, 3])
+
+
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "_LINE", 1000)
     source = tmp_path / "in.txt"

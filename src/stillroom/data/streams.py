@@ -95,7 +95,8 @@ class Stream:
                     "more. Check the format, or split the text."
                 )
             try:
-                yield number, data.decode("utf-8-sig" if number == 1 else "utf-8")
+                line = data.decode("utf-8")
+                yield number, line.lstrip("\ufeff") if number == 1 else line
             except UnicodeDecodeError as error:
                 raise WrongInput(
                     f"{self.source}, line {number}: expected UTF-8 text, found the byte "
@@ -162,15 +163,21 @@ def _tsv(stream: Stream) -> Iterator[Row]:
     return _delimited(stream, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _delimited(stream: Stream, **dialect: Any) -> Iterator[Row]:
+def _delimited(stream: Stream, delimiter: str, **dialect: Any) -> Iterator[Row]:
     # Where a quote never closes, the limit ends what would read all the rest.
     csv.field_size_limit(_LINE)
-    reader = csv.reader((line for _, line in stream.lines()), **dialect)
+    lines = (line for _, line in stream.lines())
+    first = next(lines, "")
+    given = tables.separator(first)
+    reader = csv.reader(
+        lines if given else itertools.chain([first], lines), delimiter=given or delimiter, **dialect
+    )
     header: list[str] | None = None
-    count, start = 0, 1
+    skipped = 1 if given else 0
+    count, start = 0, 1 + skipped
     try:
         for values in reader:
-            line, start = start, reader.line_num + 1
+            line, start = start, skipped + reader.line_num + 1
             if header is None:
                 header = [name.strip() for name in values]
                 tables.require_distinct(stream.source, header)

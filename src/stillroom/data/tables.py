@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def is_readable(path: Path) -> bool:
 
 def _decode(path: Path, data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")
+        # One of each program that wrote it; as text it cannot be seen.
+        return data.decode("utf-8").lstrip("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise WrongInput(
@@ -81,15 +83,18 @@ def _tsv(path: Path, data: bytes) -> Table:
     return _delimited(path, data, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _delimited(path: Path, data: bytes, **dialect: Any) -> Table:
+def _delimited(path: Path, data: bytes, delimiter: str, **dialect: Any) -> Table:
     text = _decode(path, data)
     # The limit would cut long documents; a quote that never closes is found without it.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    given = separator(text.partition("\n")[0])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=given or delimiter, **dialect)
+    if given:
+        next(reader)
     header: list[str] | None = None
     rows: list[list[str]] = []
     lines: list[int] = []
-    start = 1
+    start = reader.line_num + 1
     try:
         for values in reader:
             line, start = start, reader.line_num + 1
@@ -126,6 +131,17 @@ def _json(path: Path, data: bytes) -> Table:
         names.update(dict.fromkeys(found))
     columns = {name: [found.get(name) for found in objects] for name in names}
     return Table(str(path), columns, len(objects), lines)
+
+
+def separator(line: str) -> str | None:
+    """Return what a file's first line says of its separator, as Excel reads it; mostly it says nothing.
+
+    Example:
+        >>> separator("sep=;"), separator("text,label")
+        (';', None)
+    """
+    found = re.fullmatch(r'"?sep=([^\w"\r\n])"?\s*', line, re.IGNORECASE)
+    return None if found is None else found[1]
 
 
 def require_width(where: str, header: Sequence[str], values: Sequence[str]) -> None:
