@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillroom.data import sources
+from stillroom.data import columns, sources
 from stillroom.data.tasks import GLUE, Dataset
 from stillroom.errors import WrongInput
 from stillroom.recipe import DatasetSettings
@@ -261,6 +261,106 @@ def test_train_rows_are_drawn_once_and_for_all(tmp_path: Path) -> None:
         load(path).split("train").texts,
         load(path).split("train").source,
     )
+
+
+def labelled(path: Path, *labels: str) -> Path:
+    """Write a CSV file with one row for each label."""
+    return write(path, "label,text\n" + "".join(f"{label},t{i}\n" for i, label in enumerate(labels)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("negative", "Negative"),
+        ("True", "true"),
+        ("1", "+1"),
+        ("1", "01"),
+        ("yes", "+Yes"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("not_equal", "not equal"),
+    ],
+)
+def test_two_spellings_of_a_class_are_refused(tmp_path: Path, first: str, second: str) -> None:
+    """Each would be a class of its own, and the model would learn to tell spellings apart."""
+    labelled(tmp_path / "train.csv", "0", first, second)
+    refused(tmp_path, "row 3 (line 4)", repr(second), f"{first!r} in row 2", "Write them alike")
+    named = load(tmp_path, ("train",), labels=("0", first, second))
+    assert named.split("train").labels.tolist() == [0, 1, 2]
+
+
+def test_true_is_another_spelling_in_json_too(tmp_path: Path) -> None:
+    write_jsonl(
+        tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in (True, False, "True")]
+    )
+    refused(tmp_path, "row 3 (line 3)", "'True'", "'true' in row 1")
+
+
+@pytest.mark.parametrize("word", columns.MISSING)
+@pytest.mark.parametrize("kind", ["auto", "classification", "regression", "multi-label"])
+def test_a_word_for_missing_is_no_class_unless_it_is_named(tmp_path: Path, word: str, kind: str) -> None:
+    labelled(tmp_path / "train.csv", "1", "0", f" {word} ")
+    refused(tmp_path, "row 3 (line 4)", f"is {word}, which is taken for a missing one", kind=kind)
+    if kind != "regression":
+        named = load(tmp_path, ("train",), kind=kind, labels=("0", "1", word)).split("train")
+        assert named.labels[2].tolist() == ([0, 0, 1] if kind == "multi-label" else 2)
+
+
+def test_a_word_for_missing_is_refused_in_validation_and_beside_soft_labels(tmp_path: Path) -> None:
+    both(tmp_path, "text,label\na,x\nb,y\n", "text,label\nc,x\nd,NA\n")
+    refused(tmp_path, "validation.csv, row 2 (line 3)", "NA", splits=("validation",))
+    write(tmp_path / "train.csv", "text,label,p_x,p_y\na,x,1,0\nb,None,0,1\n")
+    refused(tmp_path, "train.csv, row 2 (line 3)", "leave the cell empty", soft_labels="p_")
+
+
+def test_none_in_lower_case_is_a_class(tmp_path: Path) -> None:
+    labelled(tmp_path / "train.csv", "none", "some", "na")
+    assert load(tmp_path, ("train",)).task.labels == ("na", "none", "some")
+
+
+def test_many_whole_numbers_are_classes_or_scores_only_when_said(tmp_path: Path) -> None:
+    """Ratings from 0 to 100 would become a hundred classes that know nothing of each other."""
+    labelled(tmp_path / "train.csv", *(str(i % 77) for i in range(500)))
+    refused(tmp_path, "77 different whole numbers", "--set dataset.kind=classification", "regression")
+    assert len(load(tmp_path, ("train",), kind="classification").task.labels) == 77
+    assert load(tmp_path, ("train",), kind="regression").split("train").labels[76] == 76
+    labels = tuple(f"intent {i}" for i in range(77))
+    assert load(tmp_path, ("train",), labels=labels).task.labels == labels
+    labelled(tmp_path / "train.csv", *(str(i % 20) for i in range(50)))
+    assert len(load(tmp_path, ("train",)).task.labels) == 20
+    labelled(tmp_path / "train.csv", *(f"intent {i % 77}" for i in range(500)))
+    assert len(load(tmp_path, ("train",)).task.labels) == 77
+
+
+@pytest.mark.parametrize("labels", [None, ("bad", "good")])
+def test_a_flag_for_each_of_two_labels_is_refused(tmp_path: Path, labels: tuple[str, ...] | None) -> None:
+    """Read as names, 0 and 1 would both be labels of every row."""
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, [{"text": "t", "label": flags} for flags in ([0, 1], [1, 0], [0, 1])])
+    refused(tmp_path, str(path), "not a 0 or 1 for each", labels=labels, kind="multi-label")
+    write_jsonl(path, [{"text": "t", "label": names} for names in ([0, 1], [1], [0, 1])])
+    assert load(tmp_path, ("train",), labels=labels, kind="multi-label").split("train").labels.tolist() == [
+        [1, 1],
+        [0, 1],
+        [1, 1],
+    ]
+
+
+def test_byte_order_marks_of_several_programs_are_no_part_of_a_name(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", "\ufeff\ufefftext,label\na,x\nb,y\n")
+    assert load(tmp_path, ("train",)).task.text == ("text",)
+    write(tmp_path / "train.jsonl", '\ufeff\ufeff{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+    assert load(tmp_path / "train.jsonl", ("all",)).split("all").texts == (["a", "b"],)
+
+
+@pytest.mark.parametrize(("mark", "separator"), [("sep=,", ","), ("\ufeffsep=;\r", ";"), ('"sep=,"', ",")])
+def test_the_line_that_tells_excel_its_separator_is_followed(
+    tmp_path: Path, mark: str, separator: str
+) -> None:
+    rows = "text,label\na,x\n,y\nb,\n".replace(",", separator)
+    path = write(tmp_path / "train.csv", f"{mark}\n{rows}")
+    refused(tmp_path, "row 3 (line 5)", "missing")
+    path.write_text(path.read_text().replace(f"b{separator}", f"b{separator}x"))
+    assert load(tmp_path, ("train",)).split("train").labels.tolist() == [0, 1, 0]
 
 
 ROWS = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 
 from stillroom.data import soft_labels
 from stillroom.data.tables import Table
-from stillroom.data.tasks import Kind, Rows, Task
+from stillroom.data.tasks import Kind, Rows, Task, plain
 from stillroom.errors import WrongInput
-from stillroom.recipe import DatasetSettings, nearest
+from stillroom.recipe import DatasetSettings, nearest, setting
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -33,7 +34,7 @@ LABELS = ("label", "labels", "score", "target", "class", "category", "rating", "
 """Usual names of the label column, in the order in which they are looked for."""
 
 _MOST_CLASSES = 20
-"""More classes than this, and than half the rows, are taken for scores or numbers of rows."""
+"""More whole numbers may be scores; more names than this, and than half the rows, are no classes."""
 
 _METRICS: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "f1"),
@@ -43,6 +44,9 @@ _METRICS: dict[Kind, tuple[str, ...]] = {
 
 _NO_CLASS = "-1"
 """How sets on the hub mark a row without label."""
+
+MISSING = ("NA", "N/A", "n/a", "#N/A", "<NA>", "None", "NULL", "null")
+"""What spreadsheets and scripts write in place of a label: none of these is a class unless it is named."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
@@ -59,10 +63,11 @@ def task_of(table: Table, settings: DatasetSettings) -> tuple[Task, bool]:
     """
     text = text_columns(table, settings.text)
     label = _label_column(table, settings.label, text, optional=settings.soft_labels is not None)
-    multi = settings.kind == "multi-label"
-    values = _labels(table, label, multi, optional=settings.soft_labels is not None)
     named = () if settings.soft_labels is None else soft_labels.labels_of(table, settings.soft_labels)
     kind = settings.kind
+    values = _labels(
+        table, label, kind, settings.labels or named, optional=settings.soft_labels is not None
+    )
     if kind == "auto":
         kind = "classification" if named and all(value is None for value in values) else _kind(values)
     names = settings.labels or (named if kind != "regression" else ())
@@ -74,12 +79,8 @@ def task_of(table: Table, settings: DatasetSettings) -> tuple[Task, bool]:
             raise WrongInput(f"dataset.labels names one label twice: {', '.join(names)}.")
     else:
         names = _names(table, label, values, kind)
-        if settings.kind == "auto" and len(names) > max(_MOST_CLASSES, table.rows // 2):
-            raise WrongInput(
-                f"{table.source}: the column {label!r} has {len(names)} different labels in "
-                f"{table.rows} rows, too many for classes. Name another with dataset.label, or say "
-                "what they are with dataset.kind (classification, regression)."
-            )
+        if settings.kind == "auto":
+            _require_few(table, label, names, kind)
     words = settings.labels is not None and all(_number(name) is None for name in names)
     return Task(settings.name, kind, text, label, names, _METRICS[kind]), words
 
@@ -142,11 +143,16 @@ def _require_column(table: Table, column: str, key: str = "") -> None:
         )
 
 
-def _labels(table: Table, column: str, multi: bool, *, optional: bool = False) -> list[Any]:
-    """Return the label column; a value that is missing is an error, or None where labels are optional."""
+def _labels(
+    table: Table, column: str, kind: str, names: Sequence[str], *, optional: bool = False
+) -> list[Any]:
+    """Return the label column; a value that is missing is an error, or None where labels are optional.
+
+    One of `MISSING` is always an error, as it may be a class, unless it is one of `names`.
+    """
     if optional and column not in table.columns:
         return [None] * table.rows
-    values = list(table.columns[column])
+    values, multi = list(table.columns[column]), kind == "multi-label"
     for row, value in enumerate(values):
         blank = isinstance(value, str) and value.strip().lower() in ("", "nan")
         if optional and (value is None or value != value or blank or str(value) == _NO_CLASS):
@@ -155,7 +161,34 @@ def _labels(table: Table, column: str, multi: bool, *, optional: bool = False) -
             raise WrongInput(
                 f"{table.at(row)}: the label ({column!r}) is missing. Fill it in or remove the row."
             )
+        elif isinstance(value, str) and value.strip() in MISSING and value.strip() not in names:
+            empty = "leave the cell empty" if optional or multi else "remove the row"
+            example = setting("dataset.labels", [value.strip(), "other class"])
+            named = "" if kind == "regression" else f" If it is a class, name every class: {example}."
+            raise WrongInput(
+                f"{table.at(row)}: the label ({column!r}) is {value.strip()}, which is taken for a missing "
+                f"one. Fill it in or {empty}.{named}"
+            )
     return values
+
+
+def _require_few(table: Table, column: str, names: Sequence[str], kind: Kind) -> None:
+    """Raise `WrongInput` where so many labels are more likely scores, or numbers of rows."""
+    ways = (
+        f"{setting('dataset.kind', 'classification')} or {setting('dataset.kind', 'regression')}; or name "
+        "another column with dataset.label."
+    )
+    numbers = kind == "classification" and all(_number(name) is not None for name in names)
+    if numbers and len(names) > _MOST_CLASSES:
+        raise WrongInput(
+            f"{table.source}: the column {column!r} has {len(names)} different whole numbers, expected at "
+            f"most {_MOST_CLASSES} unless it is said whether they are classes or scores. Give {ways}"
+        )
+    if len(names) > max(_MOST_CLASSES, table.rows // 2):
+        raise WrongInput(
+            f"{table.source}: the column {column!r} has {len(names)} different labels in {table.rows} "
+            f"rows, too many for classes. Say what they are: {ways}"
+        )
 
 
 def _kind(values: Sequence[Any]) -> Kind:
@@ -168,7 +201,7 @@ def _kind(values: Sequence[Any]) -> Kind:
 
 def _names(table: Table, column: str, values: Sequence[Any], kind: Kind) -> tuple[str, ...]:
     """Return the sorted names of the classes that occur; numbers sort as numbers."""
-    found: set[str] = set()
+    found: dict[str, int] = {}
     for row, value in enumerate(values):
         if value is None:
             continue
@@ -181,7 +214,8 @@ def _names(table: Table, column: str, values: Sequence[Any], kind: Kind) -> tupl
                     f"found {name}. -1 often marks rows without label: remove them. For scores set "
                     "dataset.kind=regression."
                 )
-            found.add(name)
+            found.setdefault(name, row)
+    _require_one_spelling(table, column, found)
     if len(found) < (1 if kind == "multi-label" else 2):
         raise WrongInput(
             f"{table.source}: expected at least two classes in {column!r}, found only "
@@ -191,6 +225,31 @@ def _names(table: Table, column: str, values: Sequence[Any], kind: Kind) -> tupl
     if all(_number(name) is not None for name in found):
         return tuple(sorted(found, key=lambda name: (_number(name), name)))
     return tuple(sorted(found))
+
+
+def _require_one_spelling(table: Table, column: str, found: Mapping[str, int]) -> None:
+    """Raise `WrongInput` if two names, given with the rows they occur in first, are the same class."""
+    spelt: dict[str | float, str] = {}
+    for name, row in found.items():
+        number = _number(name)
+        key = _spelling(name) if number is None else number
+        other = spelt.setdefault(key, name)
+        if other != name:
+            raise WrongInput(
+                f"{table.at(row)}: the label ({column!r}) is {name!r}, and {other!r} in row "
+                f"{table.first + found[other] + 1}: expected one spelling of a class. Write them alike; if "
+                f"they are two classes, name every class: {setting('dataset.labels', [other, name])}."
+            )
+
+
+def _spelling(name: str) -> str:
+    """Return what two spellings of a name have in common.
+
+    Example:
+        >>> _spelling("Caf\u00e9") == _spelling("CAFE\u0301")
+        True
+    """
+    return unicodedata.normalize("NFC", plain(unicodedata.normalize("NFC", name)).removeprefix("+"))
 
 
 def rows_of(
@@ -208,7 +267,7 @@ def rows_of(
     for column in (*task.text, *(() if optional else (task.label,))):
         _require_column(table, column)
     texts = tuple(texts_of(table, column) for column in task.text)
-    values = _labels(table, task.label, task.kind == "multi-label", optional=optional)
+    values = _labels(table, task.label, task.kind, task.labels, optional=optional)
     if soft is None or not (optional or soft_labels.has(table, soft, task.labels)):
         return Rows(table.source, texts, _numbers_of(table, values, task, numbered))
     soft_NC = soft_labels.read(table, task, soft)
@@ -241,7 +300,21 @@ def _numbers_of(table: Table, values: Sequence[Any], task: Task, numbered: bool)
                     "names of its labels, not a 0 or 1 for each."
                 )
             flags[row, index] = 1
+    if table.rows > 1 and flags.shape[1] == 2 and flags.all() and _are_flags(table, values):
+        raise WrongInput(
+            f"{table.source}: every row of {task.label!r} is 0 and 1, such as {values[0]!r}, so that each "
+            f"has both labels ({', '.join(task.labels)}). A row lists the names of its labels, not a 0 "
+            'or 1 for each: write ["b"] or [] instead of [0, 1] or [0, 0].'
+        )
     return flags
+
+
+def _are_flags(table: Table, values: Sequence[Any]) -> bool:
+    return all(
+        {_class(table, row, part) for part in _parts(value)} == {"0", "1"}
+        for row, value in enumerate(values)
+        if value is not None
+    )
 
 
 def texts_of(table: Table, column: str, *, option: str = "dataset.text") -> list[str]:

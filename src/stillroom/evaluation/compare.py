@@ -23,7 +23,7 @@ from stillroom.evaluation.metrics import predictions, score
 from stillroom.evaluation.predict import predict, predict_rows
 from stillroom.evaluation.robustness import measure
 from stillroom.evaluation.significance import RESAMPLED, mcnemar, paired_bootstrap
-from stillroom.recipe import DatasetSettings, Precision
+from stillroom.recipe import DatasetSettings, Precision, setting
 from stillroom.training.loop import use_bf16
 
 
@@ -183,9 +183,10 @@ def require_same_labels(name: str, model: Encoder, task: Task, console: Console)
         return
     orders = f"the data's labels are [{', '.join(task.labels)}], {name} has [{', '.join(model.labels)}]"
     if sorted(ours) == sorted(theirs):
+        order = setting("dataset.labels", [str(label) for label in model.labels])
         raise WrongInput(
             f"Expected the same labels in the same order: {orders}. If its weights have its order, use "
-            "data whose labels are numbered so (dataset.labels, for a file); if they have the data's, "
+            f"data whose labels are numbered so (for a file: {order}); if they have the data's, "
             "correct id2label in its config.json."
         )
     console.print(

@@ -17,6 +17,7 @@ from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.generator import REMEDY
 from stillroom.preflight.base import SPLITS, Report, Run, listed, shortened
+from stillroom.recipe import setting
 from stillroom.teacher import Teacher
 from stillroom.teacher.given import GivenTeacher
 from stillroom.teacher.live import LiveTeacher
@@ -81,7 +82,10 @@ def label_names(run: Run, report: Report) -> None:
 
 def reorder(order: tuple[str, ...]) -> str:
     """Return the remedy for a teacher whose logits stand in another order than the data's labels."""
-    return f"number the data's labels in the order {listed(order)} (for a file of your own: dataset.labels)"
+    return (
+        f"number the data's labels in the order {listed(order)} (for a file of your own: "
+        f"{setting('dataset.labels', [str(name) for name in order])})"
+    )
 
 
 def vocabulary(run: Run, report: Report) -> None:

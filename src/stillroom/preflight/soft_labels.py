@@ -9,6 +9,7 @@ from stillroom.data.tasks import Rows, Task
 from stillroom.encoder import Needs
 from stillroom.preflight.base import Report, Run, listed
 from stillroom.preflight.teacher import SIGNIFICANCE, agreement, better_order
+from stillroom.recipe import setting
 
 _FEWEST = 20
 """Fewest labelled rows from which the order is judged."""
@@ -83,7 +84,7 @@ def _agree(rows: Rows, task: Task, report: Report) -> None:
             f"The soft labels stand in another order than the data's labels: {share:.0%} of what they say "
             f"is right as given, {listed(task.labels)}, and {other:.0%} if they are read as "
             f"{listed(names)}. Reorder the lists, name the labels in the file (label: probability, or a "
-            "column for each), or set dataset.labels."
+            f"column for each), or give {setting('dataset.labels', list(names))}."
         )
     elif p >= SIGNIFICANCE:
         report.error(
