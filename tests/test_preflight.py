@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from stillroom import preflight
+from stillroom.data import sources
 from stillroom.data.batching import Batch
 from stillroom.data.tasks import Dataset, Kind
 from stillroom.data.tokens import Tokens, fingerprint
@@ -28,7 +29,7 @@ from stillroom.methods.base import Plan, Stage, Term
 from stillroom.preflight import folder as folder_checks
 from stillroom.preflight import teacher as teacher_checks
 from stillroom.preflight.teacher import better_order
-from stillroom.recipe import TeacherSettings, TrainingSettings
+from stillroom.recipe import DatasetSettings, TeacherSettings, TrainingSettings
 from tiny import (
     make_dataset,
     make_encoder,
@@ -238,6 +239,15 @@ def test_labels_that_are_all_the_same_are_refused(
         make_run(tmp_path, dataset=with_labels(split, [label] * (48 if split == "train" else 24), kind))
     )
     assert f"labels of {split} (toy rows) are the same ({shown})" in text
+
+
+def test_held_out_rows_that_are_all_the_same_say_how_they_were_chosen(tmp_path: Path) -> None:
+    """A file whose labels alternate gives every tenth row the same one, though its column is right."""
+    path = tmp_path / "rows.csv"
+    path.write_text("label,text\n" + "".join(f"{i % 2},a film {i}\n" for i in range(300)))
+    text = problem(make_run(tmp_path, dataset=sources.load(DatasetSettings(name=str(path)))))
+    assert f"All 30 labels of validation ({path} (every tenth row, held out)) are the same (1)" in text
+    assert "shuffle the file" in text and "--set dataset.validation=dev.csv" in text
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -685,6 +695,7 @@ def test_a_teacher_with_turned_labels_is_refused_and_the_order_named(tmp_path: P
         "100% if its labels are read as [positive, negative] (accuracy 0.000 on 24 validation rows)" in text
     )
     assert "number the data's labels in the order [positive, negative]" in text
+    assert """--set 'dataset.labels=["positive","negative"]'""" in text
 
 
 def test_multi_label_names_can_be_turned_too(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stillroom import student
+from stillroom import encoder, student
 from stillroom.encoder import Encoder, Needs, weights_hash
 from stillroom.errors import WrongInput
 from stillroom.student import Size, parse_layers, parse_size
@@ -214,3 +214,14 @@ def test_a_checkpoint_gets_the_tasks_head(tmp_path: Path) -> None:
 def test_what_is_no_student_is_refused(text: str) -> None:
     with pytest.raises(WrongInput, match=re.escape(text)):
         student.build(text, make_encoder(layers=4), TASK, seed=0)
+
+
+@pytest.mark.parametrize("size", ["2x20000", "9999999x16", "2x16x2x999999999"])
+def test_a_student_beyond_the_machines_memory_is_refused_before_it_is_made(
+    size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system would kill the process, and others beside it, without a word."""
+    monkeypatch.setattr(student, "_memory", lambda: 24 * 10**9)
+    monkeypatch.setattr(encoder, "fresh", lambda config, like: pytest.fail("made"))
+    with pytest.raises(WrongInput, match="million parameters: .* GB, and this machine has 24 GB"):
+        student.build(size, make_encoder(layers=4, width=24), make_task(), seed=0)

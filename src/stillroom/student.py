@@ -1,6 +1,7 @@
 """Build a student from a size, from the teacher's layers, or from a checkpoint, and start it."""
 
 import copy
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ _SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 _LAYERS = re.compile(r"layers:(\d+(?:,\d+)*)")
 # No hub id has a colon or an equals sign, or is made of these characters alone.
 _MEANT = re.compile(r"\s*layers?\s*[:=].*|[-+\d\s.,;:*x×]*", re.IGNORECASE)
+
+_TRAINED_BYTES = 16
+"""Of a parameter that is trained: weight, gradient and AdamW's two moments in float32."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,33 @@ def _from_size(size: Size, teacher: Encoder, task: Task | None, layers: tuple[in
         if getattr(config, name, None) is not None:
             setattr(config, name, size.width)
     encoder.set_ffn_width(config, size.ffn)
+    _require_memory(size, config)
     return encoder.fresh(config, teacher)
+
+
+def _require_memory(size: Size, config: Any) -> None:
+    """Raise `WrongInput` if the student cannot be trained on this machine, before it fills the memory."""
+    # ALBERT's layers share the weights of a group.
+    blocks = getattr(config, "num_hidden_groups", size.layers)
+    least = blocks * size.width * (4 * size.width + 2 * size.ffn) + config.vocab_size * size.width
+    memory = _memory()
+    if memory is not None and least * _TRAINED_BYTES > memory:
+        raise WrongInput(
+            f"A student of {size.layers} layers, width {size.width} and FFN {size.ffn} has more than "
+            f"{least / 1e6:,.0f} million parameters: to train it takes "
+            f"{least * _TRAINED_BYTES / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f} GB. Give a smaller size, such as 4x312."
+        )
+
+
+def _memory() -> int | None:
+    """Return the bytes of this machine's memory, or of its largest GPU's if that is more."""
+    try:
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    gpus = range(torch.cuda.device_count())
+    return max(host, *(torch.cuda.get_device_properties(i).total_memory for i in gpus), 0)
 
 
 def _require_layers(layers: tuple[int, ...], teacher: Encoder) -> None:

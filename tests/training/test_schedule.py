@@ -105,6 +105,8 @@ def test_evaluation_comes_within_epochs_and_always_at_the_end() -> None:
     assert schedule(lengths=lengths, epochs=2, evaluate_every=50).evaluation_steps == {20}
     assert schedule(lengths=lengths, epochs=2.5, evaluate_every=1).evaluation_steps == {10, 20, 25}
     every = schedule(lengths=lengths, epochs=1, evaluate_every=0.001).evaluation_steps
+    # One by one, they would fill the memory.
+    assert schedule(lengths=lengths, epochs=1, evaluate_every=1e-12).evaluation_steps == every
     assert every == set(range(1, 11))
 
 

@@ -22,6 +22,9 @@ from stillroom.recipe import DatasetSettings, nearest
 HUB = "nyu-mll/glue"
 """The hub's data set that GLUE comes from where no folder is given."""
 
+HELD_OUT = "every tenth row, held out"
+"""What the source of a validation split says that was taken from a single file."""
+
 _STEMS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev")}
 
 
@@ -301,7 +304,5 @@ def _hold_out(rows: Rows) -> dict[str, Rows]:
         "train": replace(
             rows.take(np.flatnonzero(~held)), source=f"{rows.source} (without every tenth row)"
         ),
-        "validation": replace(
-            rows.take(np.flatnonzero(held)), source=f"{rows.source} (every tenth row, held out)"
-        ),
+        "validation": replace(rows.take(np.flatnonzero(held)), source=f"{rows.source} ({HELD_OUT})"),
     }

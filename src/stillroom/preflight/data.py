@@ -3,6 +3,7 @@
 import numpy as np
 
 from stillroom.data.batching import epoch_batches, padding_share
+from stillroom.data.sources import HELD_OUT
 from stillroom.data.tasks import Rows, Task
 from stillroom.preflight.base import SPLITS, Report, Run, listed, row_numbers, shortened
 from stillroom.training.schedule import Schedule
@@ -53,9 +54,15 @@ def _labels_of_split(name: str, rows: Rows, task: Task, report: Report) -> bool:
         )
         return False
     if (values == values[0]).all():
+        remedy = f"Check the column {task.label!r} (dataset.label) and the split."
+        if HELD_OUT in rows.source:
+            remedy = (
+                "Every tenth row of the file was held out as validation: shuffle the file, or give other "
+                "rows, such as --set dataset.validation=dev.csv."
+            )
         report.error(
             f"All {len(rows)} labels of {where} are the same ({_label_name(values[0], task)}), expected "
-            f"at least two different ones. Check the column {task.label!r} (dataset.label) and the split."
+            f"at least two different ones. {remedy}"
         )
         return False
     report.found["labels"][name] = _summary(values, task)

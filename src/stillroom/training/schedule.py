@@ -27,6 +27,8 @@ class Schedule:
         self.evaluation_steps = (
             set(range(steps, self.steps, steps))
             if steps
+            else set(range(1, self.steps))
+            if evaluations > self.steps
             else {
                 # Multiplied before it is divided: whole epochs come out exact.
                 min(self.steps, math.ceil(self.steps * (i + 1) * settings.evaluate_every / settings.epochs))
