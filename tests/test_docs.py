@@ -17,8 +17,9 @@ from typer.main import get_command
 from workspace import write_data
 
 from stillroom.cli import app
+from stillroom.data import columns, sources, tables
 from stillroom.methods import METHODS
-from stillroom.recipe import PretrainRecipe, Recipe
+from stillroom.recipe import DatasetSettings, FinetuneRecipe, PretrainRecipe, Recipe
 from tiny import save_encoder
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,53 @@ def test_readme_commands_are_commands() -> None:
     for name, *arguments in commands:
         command = group.commands[name]  # type: ignore[attr-defined]
         command.make_context(name, arguments, parent=Context(group))
+
+
+DATA = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+
+
+def test_data_page_lists_formats_columns_and_words_as_the_code_does() -> None:
+    def listed(start: str, end: str) -> list[str]:
+        return re.findall(r"`([^`]+)`", DATA.split(start, 1)[1].split(end, 1)[0])
+
+    rows = re.findall(r"^\| (`\..+?) \|", DATA, re.MULTILINE)
+    assert set(re.findall(r"`(.+?)`", " ".join(rows))) == set(tables._READERS)
+    stems = [stem for split in ("train", "validation") for stem in sources._STEMS[split]]
+    assert listed("found by its name:", "any\nother") == stems
+    pairs = listed("- two texts:", "- else")
+    assert list(zip(pairs[::2], pairs[1::2], strict=True)) == list(columns.PAIRS)
+    assert listed("- else one text:", "- labels") == list(columns.TEXTS)
+    assert listed("- labels:", "Name others") == list(columns.LABELS)
+    assert listed("mostly a missing label:", "In lower") == list(columns.MISSING)
+
+
+def test_data_pages_commands_are_commands_with_valid_settings() -> None:
+    group = get_command(app)
+    commands = [shlex.split(line)[1:] for line in DATA.splitlines() if line.startswith("stillroom ")]
+    assert len(commands) >= 8
+    for name, *arguments in commands:
+        command = group.commands[name]  # type: ignore[attr-defined]
+        given = command.make_context(name, arguments, parent=Context(group)).params
+        FinetuneRecipe.load(dataset=given["dataset"], overrides=given["given"] or ())
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "labels"),
+    [
+        (0, "classification", ("negative", "positive")),
+        (1, "classification", ("negative", "positive")),
+        (2, "regression", ()),
+        (3, "multi-label", ("music", "plot")),
+    ],
+)
+def test_data_pages_examples_are_what_it_says(
+    number: int, kind: str, labels: tuple[str, ...], tmp_path: Path
+) -> None:
+    ending, text = re.findall(r"```(csv|jsonl)\n(.*?)```", DATA, re.DOTALL)[number]
+    path = tmp_path / f"rows.{ending}"
+    path.write_text(text)
+    task = sources.load(DatasetSettings(name=str(path)), ("all",)).task
+    assert (task.kind, task.labels) == (kind, labels)
 
 
 @pytest.mark.slow
