@@ -220,9 +220,11 @@ def test_command_line(place: Path, tmp_path: Path) -> None:
         str(run),
     ]
     more = ["--student", "2x16x2x32", "--set", "text.sequence_length=16", "--set", "training.max_steps=2"]
+    nowhere = CliRunner().invoke(app, [*command[:-2], *more, "--dry-run", "--json"])
     dry = CliRunner().invoke(app, [*command, *more, "--dry-run", "--json"])
     assert dry.exit_code == 0, dry.stderr
     found = json.loads(dry.stdout)
+    assert json.loads(nowhere.stdout)["text"] == found["text"]
     assert found["text"]["documents"] == 120 and found["text"]["sequence_length"] == 16
     assert found["disk"]["need_mb"] > 0 and not run.exists()
     done = CliRunner().invoke(app, [*command, *more])

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 from workspace import FAST, Workspace
 
+import stillroom
 from stillroom import Recipe, distill
 from stillroom.cli import app
 from stillroom.evaluation.metrics import score
@@ -132,17 +133,17 @@ def test_distill_table_shows_what_metrics_say(workspace: Workspace, tmp_path: Pa
 
 
 def test_the_next_command_runs(workspace: Workspace, tmp_path: Path) -> None:
-    """What `distill` proposes is a command that works as it stands, with the data as it was read."""
+    """What `distill` proposes works as it stands, in a folder with a blank too."""
     command = distil(workspace, tmp_path / "a run", "--method", "none", "--set", "dataset.max_length=16")
     result = run(*command)
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("Next: ")]
-    assert "dataset.max_length=16" in line
-    found = json.loads(run(*shlex.split(line)[2:], "--json").stdout)
-    metrics = json.loads((tmp_path / "a run" / "metrics.json").read_text())
-    assert [model["metrics"] for model in found["models"]] == [
-        metrics["teacher"]["metrics"],
-        metrics["student"]["metrics"],
-    ]
+    look, more = line.removeprefix("Next: ").split("; ")
+    assert shlex.split(look) == ["open", str(tmp_path / "a run" / "report.html")]
+    assert (tmp_path / "a run" / "report.html").exists()
+    program, *arguments = shlex.split(more)
+    assert program == "stillroom"
+    run(*arguments, "--format", "torch")
+    assert (tmp_path / "a run" / "deploy" / "model.safetensors").exists()
 
 
 def test_evaluate_compares_each_model_with_the_first(
@@ -228,6 +229,23 @@ def test_dry_run_writes_nothing(workspace: Workspace, tmp_path: Path) -> None:
     assert set(after) - set(before) <= {"cache"}
 
 
+def test_a_dry_run_needs_no_folder(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes nothing; the folder that it is called in may hold anything, and stays as it is."""
+    place = tmp_path / "here"
+    place.mkdir()
+    (place / "note.txt").write_text("mine")
+    monkeypatch.chdir(place)
+    command = distil(workspace, tmp_path / "run")
+    at = command.index("-o")
+    del command[at : at + 2]
+    found = json.loads(run(*command, "--dry-run", "--json").stdout)
+    assert found["steps"] == 15 and found["disk"]["free_mb"] > 0
+    assert [path.name for path in place.iterdir()] == ["note.txt"]
+    assert "-o RUN" in run(*command, code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -282,7 +300,7 @@ def test_methods_lists_and_shows(tmp_path: Path) -> None:
     text = run("methods").stdout
     assert all(method["name"] in text and method["paper"] in text for method in found)
     one = json.loads(run("methods", "lrc-bert", "--json").stdout)
-    assert one["card"] == "docs/methods/lrc-bert.md"
+    assert Path(one["card"]).read_text(encoding="utf-8").startswith("# lrc-bert")
     assert one["options"]["gamma"] == {
         "values": "number >= 0",
         "default": 3.0,
@@ -294,6 +312,13 @@ def test_methods_lists_and_shows(tmp_path: Path) -> None:
     assert "method.switch" in text and "arXiv 2012.07335" in text
     assert "Did you mean lrc-bert?" in run("methods", "lcr-bert", code=2).stderr
     assert "no options" in run("methods", "none").stdout
+
+
+def test_a_package_without_documents_names_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Card: " in run("methods", "kd").stdout
+    monkeypatch.setattr(stillroom, "__file__", str(tmp_path / "lib" / "stillroom" / "__init__.py"))
+    assert "Card: " not in run("methods", "kd").stdout
+    assert json.loads(run("methods", "kd", "--json").stdout)["card"] is None
 
 
 def test_every_method_can_be_shown() -> None:

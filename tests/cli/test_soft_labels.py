@@ -61,7 +61,7 @@ def test_a_checkpoint_learns_from_a_file_alone(workspace: Workspace, tmp_path: P
     assert "taught by soft labels of a file" in (tmp_path / "run" / "report.html").read_text()
     card = (tmp_path / "run" / "student" / "README.md").read_text()
     assert "from soft labels of a file, by the method kd" in card
-    assert "Next: stillroom evaluate" in text
+    assert "; stillroom export " in text
 
 
 def test_augmented_rows_of_a_run_without_a_teacher_show_the_student_alone(

@@ -14,7 +14,7 @@ EXAMPLES = frame.examples(
     "stillroom distill --teacher runs/teacher --dataset builtin/verdicts --student layers:2,4,6 -o runs/a",
     "stillroom distill recipe.yaml -o runs/b --control --set training.epochs=3 --set method.temperature=2",
     "stillroom distill --teacher runs/teacher --dataset glue/mrpc --student 4x312 --init random -o runs/c",
-    "stillroom distill recipe.yaml -o runs/b --dry-run",
+    "stillroom distill recipe.yaml --dry-run",
     "stillroom distill recipe.yaml -o runs/c --augmented sst2.augmented.parquet",
     "stillroom distill --dataset rows.csv --set dataset.soft_labels=probability_ --student minilm-l6 "
     "--method kd -o runs/d",
@@ -80,7 +80,9 @@ def distill(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Check everything, train and write nothing.", rich_help_panel=frame.RUN
+            "--dry-run",
+            help="Check everything, train and write nothing; needs no -o.",
+            rich_help_panel=frame.RUN,
         ),
     ] = False,
     resume: Annotated[
@@ -123,7 +125,7 @@ def distill(
                     f"{', '.join(beside)} beside it. Leave that out, or start a new run with -o."
                 )
             return distill(None, folder, resume=True, console=console)
-        if output is None:
+        if output is None and not dry_run:
             raise WrongInput(
                 "Expected a folder for the run: give -o RUN, or --resume RUN to go on with one."
             )
@@ -137,7 +139,7 @@ def distill(
             dataset=dataset,
             control=control,
         )
-        return distill(loaded, folder, dry_run=dry_run, console=console)
+        return distill(loaded, output, dry_run=dry_run, console=console)
 
     found = frame.execute(work, as_json=as_json, stopped=lambda: _how_to_go_on(folder), together=True)
     if as_json:
@@ -174,8 +176,6 @@ def _text(value: Any) -> str:
 
 
 def _show(found: dict[str, Any], folder: Path) -> None:
-    from stillroom.recipe import Recipe
-
     metric = found["metric"]
     taught = found.get("soft_labels") or found.get("teacher")
     goal = taught["metrics"][metric] if taught else None
@@ -196,12 +196,10 @@ def _show(found: dict[str, Any], folder: Path) -> None:
                 kept,
                 *(frame.cost_cells(model) if "bytes" in model else ("", "", "")),
             )
-    teacher = Recipe.load(folder / "recipe.yaml").teacher
-    models = shlex.join([*([teacher.name] if teacher else []), str(folder)])
+    page, again = (shlex.quote(str(place)) for place in (folder / "report.html", folder))
     frame.show(
         table,
         f"Student: {folder / 'student'}",
         f"Numbers: {folder / 'metrics.json'}",
-        f"Report: {folder / 'report.html'}",
-        f"Next: stillroom evaluate {models} {frame.data_options(folder)}",
+        f"Next: open {page}; stillroom export {again}",
     )

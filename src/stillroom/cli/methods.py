@@ -1,11 +1,13 @@
 """`stillroom methods`: what there is to distil with, and its options."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+import stillroom
 from stillroom.cli import frame
 
 EXAMPLES = frame.examples("stillroom methods", "stillroom methods lrc-bert", "stillroom methods kd --json")
@@ -42,7 +44,7 @@ def methods(
         f"{found['title']}: {found['summary']}",
         f"Paper: {found['paper'] or '-'}",
         f"Status: {found['status']}",
-        f"Card: {found['card']}",
+        *([f"Card: {found['card']}"] if found["card"] else []),
         *([table] if found["options"] else ["It has no options."]),
         *(f"Default: training.{key}={value}" for key, value in found["training"].items()),
     )
@@ -62,8 +64,10 @@ def _details(method: Any) -> dict[str, Any]:
         }
         for key, field in schema.items()
     }
+    # Of a clone; an installed package brings no documents.
+    card = Path(stillroom.__file__).parents[2] / "docs" / "methods" / f"{method.name}.md"
     return {
-        "card": f"docs/methods/{method.name}.md",
+        "card": str(card) if card.exists() else None,
         "options": options,
         "training": dict(method.training),
     }

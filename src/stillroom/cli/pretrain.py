@@ -80,7 +80,7 @@ def pretrain(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything and read all text; train nothing.",
+            help="Check everything and read all text; train nothing. Needs no -o.",
             rich_help_panel=frame.RUN,
         ),
     ] = False,
@@ -125,7 +125,7 @@ def pretrain(
                     f"{', '.join(beside)} beside it. Leave that out, or start a new run with -o."
                 )
             return pretrain(None, folder, resume=True, console=console)
-        if output is None:
+        if output is None and not dry_run:
             raise WrongInput(
                 "Expected a folder for the run: give -o RUN, or --resume RUN to go on with one."
             )
@@ -139,7 +139,7 @@ def pretrain(
             init=init,
             method=method,
         )
-        return pretrain(loaded, folder, dry_run=dry_run, console=console)
+        return pretrain(loaded, output, dry_run=dry_run, console=console)
 
     found = frame.execute(work, as_json=as_json, stopped=lambda: _how_to_go_on(folder), together=True)
     if as_json:

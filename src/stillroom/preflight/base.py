@@ -34,7 +34,8 @@ class Run:
     teacher: Encoder | None
     plan: Plan
     tokens: Tokens
-    folder: Path
+    folder: Path | None
+    """Where it is kept; None: nowhere yet, of a dry run."""
     bf16: bool
     control: bool = False
     generator: Generator | None = None

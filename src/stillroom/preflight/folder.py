@@ -46,7 +46,7 @@ def trackers(run: Run, report: Report) -> None:
 
 def disk(run: Run, report: Report) -> None:
     """The checkpoints, the student and what is recorded of the teacher fit on the disk."""
-    need, place = _need(run), durable.existing(run.folder)
+    need, place = _need(run), durable.existing(run.folder or Path())
     cache = None if report.errors else _recording(run, report)
     if cache is not None:
         folder, more = durable.existing(cache[0]), cache[1]
@@ -59,7 +59,7 @@ def disk(run: Run, report: Report) -> None:
                 "teacher.max_bytes."
             )
     # A run that is resumed has part of this on the disk already.
-    old = run.folder.glob(f"**/{CHECKPOINTS}/*/*.safetensors")
+    old = run.folder.glob(f"**/{CHECKPOINTS}/*/*.safetensors") if run.folder else ()
     free = shutil.disk_usage(place).free + sum(file.stat().st_size for file in old)
     report.found["disk"] = {"need_mb": round(need / 1e6, 1), "free_mb": round(free / 1e6, 1)}
     if need > free:

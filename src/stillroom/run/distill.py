@@ -25,7 +25,7 @@ from stillroom.training.loop import Trained
 
 def distill(
     recipe: Recipe | None,
-    output: str | Path,
+    output: str | Path | None,
     *,
     resume: bool = False,
     dry_run: bool = False,
@@ -38,7 +38,7 @@ def distill(
 
     Args:
         recipe: What to do; None with `resume`, which reads the run's own recipe.
-        output: The run folder: new or empty, or with `resume` the run to continue.
+        output: The run folder: new or empty, or with `resume` the run to continue; None for a dry run.
         resume: Go on from the newest sound checkpoint, to the same student bit for bit.
         dry_run: Only check everything that can be checked before the first step.
         console: Where progress goes; standard error by default.
@@ -55,14 +55,15 @@ def distill(
         >>> metrics = distill(recipe, "runs/sst2")  # doctest: +SKIP
     """
     processes.start()
-    console, folder = processes.console(console), Path(output)
+    console, folder = processes.console(console), Path(output or "")
     asked = opening.asked(recipe, Recipe, folder, methods.resolve, resume=resume)
     place = Path("" if asked.teacher is None else asked.teacher.name).absolute()
     inside = place if place.parent == folder.absolute() else None
-    with opening.held(folder, resume=resume, dry_run=dry_run, besides=inside):
+    kept_in = None if output is None else folder
+    with opening.held(kept_in, resume=resume, dry_run=dry_run, besides=inside):
         common = processes.main_first(lambda: Common.load(asked, console))
         unlabelled = processes.main_first(lambda: Parts.of(asked, common, console))
-        checked = processes.on_main(lambda: preflight.check(unlabelled.to_check(asked, folder), console))
+        checked = processes.on_main(lambda: preflight.check(unlabelled.to_check(asked, kept_in), console))
         if dry_run:
             return checked
         parts = processes.main_first(lambda: unlabelled.labelled(asked, common, console))

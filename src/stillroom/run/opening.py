@@ -36,11 +36,13 @@ def asked(given: R | None, kind: type[R], folder: Path, resolve: Callable[[R], R
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, resume: bool, dry_run: bool, besides: Path | None = None) -> Iterator[None]:
+def held(
+    folder: Path | None, *, resume: bool, dry_run: bool, besides: Path | None = None
+) -> Iterator[None]:
     """Hold the run folder for these processes, without what a killed run was writing.
 
     Args:
-        folder: New or empty, but with `resume`.
+        folder: New or empty, but with `resume`; a dry run may have none.
         resume: Whether a run is there.
         dry_run: Whether nothing is to be written.
         besides: An entry of the folder that may be there.
@@ -48,6 +50,11 @@ def held(folder: Path, *, resume: bool, dry_run: bool, besides: Path | None = No
     Raises:
         WrongInput: If the folder is not as expected, or another process writes it.
     """
+    if folder is None:
+        if not dry_run:
+            raise ValueError("a run needs a folder; only a dry run goes without")
+        yield
+        return
     with contextlib.ExitStack() as stack:
         with processes.together():
             if processes.is_main():

@@ -152,7 +152,7 @@ class Parts:
         with_labels = common.labelled(recipe, console)
         return self if with_labels is common else Parts.of(recipe, with_labels, console)
 
-    def to_check(self, recipe: Recipe, folder: Path, *, repeated: bool = False) -> preflight.Run:
+    def to_check(self, recipe: Recipe, folder: Path | None, *, repeated: bool = False) -> preflight.Run:
         """Return the run as the checks before the first step see it; `repeated` as for `train`."""
         return preflight.Run(
             self.dataset,

@@ -37,7 +37,7 @@ _HELD_OUT_ROWS = 64
 
 def pretrain(
     recipe: PretrainRecipe | None,
-    output: str | Path,
+    output: str | Path | None,
     *,
     resume: bool = False,
     dry_run: bool = False,
@@ -51,7 +51,8 @@ def pretrain(
     Args:
         recipe: What to do; None with `resume`, which reads the run's own recipe.
         output: The run folder: new or empty, or with `resume` the run to continue. Its `student` is what
-            `Recipe(init=...)`, `student=...` and `from_pretrained` load; `report.html` shows the run.
+            `Recipe(init=...)`, `student=...` and `from_pretrained` load; `report.html` shows the run. None
+            for a dry run.
         resume: Go on from the newest sound checkpoint, to the same student bit for bit.
         dry_run: Only check everything that can be checked before the first step; all text is read.
         console: Where progress goes; standard error by default.
@@ -69,12 +70,13 @@ def pretrain(
         >>> metrics = pretrain(recipe, "runs/pretrained")  # doctest: +SKIP
     """
     processes.start()
-    console, folder = processes.console(console), Path(output)
+    console, folder = processes.console(console), Path(output or "")
     asked = opening.asked(recipe, PretrainRecipe, folder, resolve, resume=resume)
-    with opening.held(folder, resume=resume, dry_run=dry_run):
+    kept_in = None if output is None else folder
+    with opening.held(kept_in, resume=resume, dry_run=dry_run):
         parts = processes.main_first(lambda: _Parts.of(asked, console))
         checked = processes.on_main(
-            lambda: preflight.check_pretraining(parts.to_check(asked, folder), console)
+            lambda: preflight.check_pretraining(parts.to_check(asked, kept_in), console)
         )
         checked = {"text": parts.facts(), **checked}
         if dry_run:
@@ -188,7 +190,7 @@ class _Parts:
         texts: Any = (range(count),)
         return Rows("text", texts, np.broadcast_to(np.int64(0), (count,)))
 
-    def to_check(self, recipe: PretrainRecipe, folder: Path) -> preflight.Run:
+    def to_check(self, recipe: PretrainRecipe, folder: Path | None) -> preflight.Run:
         """Return the run as the checks before the first step see it."""
         tokens = {"train": self.text.train, "validation": self.text.held_out}
         task = Task("text", "classification", ("text",), "label", (), ())
