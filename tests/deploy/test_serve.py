@@ -381,5 +381,5 @@ def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "uvicorn" in done.stderr and "stillroom[serve]" in done.stderr
+    assert "uvicorn" in done.stderr and "extra serve" in done.stderr
     assert "Traceback" not in done.stderr

@@ -58,8 +58,9 @@ def require_openvino(*, quantise: bool = False) -> None:
     for package in ("openvino", "nncf") if quantise else ("openvino",):
         if importlib.util.find_spec(package) is None:
             raise WrongInput(
-                f"OpenVINO forms need the package {package}, which is not installed. Run "
-                "pip install 'stillroom[openvino]', or choose onnx or onnx-int8."
+                f"OpenVINO forms need the package {package}, which is not installed. Install "
+                "Stillroom with the extra openvino (in a clone of it: pip install -e '.[openvino]'), or "
+                "choose onnx or onnx-int8."
             )
 
 

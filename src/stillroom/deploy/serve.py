@@ -34,8 +34,8 @@ try:
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 except ImportError as error:
     raise WrongInput(
-        f"Serving needs the package {error.name}, which is not installed. Run "
-        "pip install 'stillroom[serve]'."
+        f"Serving needs the package {error.name}, which is not installed. Install Stillroom with the "
+        "extra serve (in a clone of it: pip install -e '.[serve]')."
     ) from None
 
 Message = MutableMapping[str, Any]
