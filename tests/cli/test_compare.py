@@ -124,6 +124,16 @@ def test_a_comparison_can_grow(workspace: Workspace, compared: tuple[Path, Any],
     assert list(methods) == ["none", VARIANT, "kd"] and "against_control" in methods["kd"]
 
 
+def test_unequal_trainings_are_named_once(workspace: Workspace, tmp_path: Path) -> None:
+    """Else a method that its paper trains for longer looks better than it is."""
+    equal = command(workspace, tmp_path / "equal", seeds=1)
+    longer = command(workspace, tmp_path / "out", "--set-for", "none:training.epochs=2", seeds=2)
+    said = run(*longer).stderr
+    assert said.count("not equally long") == 1
+    assert f"30 steps of 16 rows (none); 15 steps of 16 rows ({VARIANT})" in said
+    assert "not equally long" not in run(*equal).stderr
+
+
 def test_students_are_scored_out_of_domain(
     workspace: Workspace, compared: tuple[Path, Any], tmp_path: Path
 ) -> None:

@@ -193,6 +193,7 @@ class _Worker:
         self._elsewhere = elsewhere
         self._comparison, self._common, self._keep = comparison, common, keep_students
         self._checked: set[tuple[str, str]] = set()
+        self._steps: dict[tuple[str, str], int] = {}
         self.handout = Handout(folder, list(self.runs), self._do, storage=storage)
 
     def _do(self, name: str, _: optuna.Trial, console: Console) -> float:
@@ -216,6 +217,8 @@ class _Worker:
     def check(self, console: Console) -> None:
         """Check one run of each student and method that is missing, before any is trained.
 
+        Where they train for unlike lengths, a warning says so.
+
         Raises:
             WrongInput: With what is wrong of each.
         """
@@ -229,6 +232,27 @@ class _Worker:
                     wrong.append(f"{run.student}, {run.variant}: {error}")
         if wrong:
             raise WrongInput("\n".join(wrong))
+        if unequal := self._unequal():
+            text = (
+                f"Warning: the trainings are not equally long: {unequal}. So a method may differ by its "
+                "training alone. To make them equal give training.epochs (or training.max_steps) and "
+                "training.batch_size by --set (docs/compare.md)."
+            )
+            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _unequal(self) -> str:
+        """Return steps and batch size of each method, where they differ, of what is to be trained."""
+        found: dict[str, None] = {}
+        for made in self._comparison.students:
+            alike: dict[str, list[str]] = {}
+            for (one, variant), steps in self._steps.items():
+                if one == made:
+                    size = self._comparison.recipe(made, variant, 0).training.batch_size
+                    alike.setdefault(f"{steps:,} steps of {size} rows", []).append(variant)
+            if len(alike) > 1:
+                text = "; ".join(f"{length} ({', '.join(names)})" for length, names in alike.items())
+                found[text] = None
+        return "; ".join(found)
 
     def _recipe(self, run: Run) -> Recipe:
         return methods.resolve(self._comparison.recipe(run.student, run.variant, run.seed))
@@ -242,7 +266,8 @@ class _Worker:
         to_check = replace(
             parts.to_check(recipe, place, repeated=self._repeated()), teacher_logits=self.logits
         )
-        preflight.check(to_check, Console(quiet=True) if again else console)
+        checked = preflight.check(to_check, Console(quiet=True) if again else console)
+        self._steps[run.student, run.variant] = checked["steps"]
         return parts
 
     def _repeated(self) -> bool:
