@@ -1,5 +1,6 @@
 """What the documents say holds: links lead somewhere, keys and options exist, the README's code runs."""
 
+import ast
 import json
 import re
 import shlex
@@ -108,12 +109,57 @@ def test_readme_says_what_was_measured_of_each_method(name: str) -> None:
     assert row.endswith(f"| {' | '.join(cells)} |")
 
 
-def test_readme_commands_are_commands() -> None:
-    """A renamed option would leave the newcomer with a line that fails."""
+def printed() -> Iterator[str]:
+    """Yield a pattern for each text in the source: what is put in at run time may be anything."""
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {
+            target.id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name) and isinstance(node.value.value, str)
+        }
+        for node in ast.walk(tree):
+            # A sum is a text with a part that depends.
+            ends = [node.left, node.right] if isinstance(node, ast.BinOp) else [node]
+            parts = [
+                part for end in ends for part in (end.values if isinstance(end, ast.JoinedStr) else [end])
+            ]
+            known, pattern = 0, ""
+            for part in parts:
+                text = part
+                if isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name):
+                    text = ast.Constant(constants.get(part.value.id))
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    known += len(text.value)
+                    pattern += re.escape(text.value.lstrip("\n"))
+                else:
+                    pattern += ".+"
+            # A text of hardly anything but gaps would match everything.
+            if known >= 20:
+                yield pattern
+
+
+def test_troubleshooting_quotes_messages_of_the_source() -> None:
+    """A message that was reworded would no longer be found by who searches for it."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [text.strip() for text in re.findall(r"```text\n(.*?)```", page, re.DOTALL)]
+    assert len(quoted) > 15
+    patterns = [re.compile(pattern, re.DOTALL) for pattern in printed()]
+    for text in quoted:
+        # These are put before every message.
+        bare = re.sub(r"^(Error|Warning): ", "", text)
+        assert any(pattern.fullmatch(said) for pattern in patterns for said in (text, bare)), text
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choose.md", "docs/compare.md", "docs/deploy.md"])
+def test_commands_are_commands(page: str) -> None:
+    """A renamed option, or prose beside a command, would leave the newcomer with a line that fails."""
     group = get_command(app)
-    lines = README.replace("\\\n", " ").splitlines()
+    lines = map(str.strip, (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ").splitlines())
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("stillroom ")]
-    assert {command[0] for command in commands} >= {"finetune", "distill", "evaluate"}
+    assert commands
     for name, *arguments in commands:
         command = group.commands[name]  # type: ignore[attr-defined]
         command.make_context(name, arguments, parent=Context(group))
