@@ -15,7 +15,7 @@ from made_run import HOSTILE, make_comparison, make_pretraining, make_run
 from stillroom import WrongInput
 from stillroom.data.tasks import Kind
 from stillroom.recipe import PretrainRecipe, Recipe
-from stillroom.report import comparison, facts, flow, pictures, pretraining
+from stillroom.report import answers, comparison, facts, flow, pictures, pretraining
 from stillroom.report.page import write
 from stillroom.report.sources import read_comparison, read_pretraining, read_run
 
@@ -109,12 +109,12 @@ def test_differences_have_their_intervals_and_chance_is_named(tmp_path: Path) ->
 def test_disagreements_are_the_most_certain_and_no_more_than_fit(tmp_path: Path) -> None:
     kept = read_run(make_run(tmp_path / "run", rows=1500)).kept
     assert kept is not None
-    found = facts.agreement(kept)
+    found = answers.agreement(kept)
     assert found is not None
     summary, table, note = found
     assert table is not None
     differ = kept.logits["teacher"].argmax(1) != kept.logits["student"].argmax(1)
-    assert differ.sum() > facts.DISAGREEMENTS == len(table.rows)
+    assert differ.sum() > answers.DISAGREEMENTS == len(table.rows)
     assert f"disagree on {differ.sum():,} of 1,500 rows" in note and "the 200 on which both" in note
     assert sum(int(str(row[1].value)) for row in summary.rows) == 1500
     names = [name for name, _ in table.columns]
@@ -128,7 +128,7 @@ def test_teachers_of_the_same_opinion_have_no_table(tmp_path: Path) -> None:
     kept = read_run(make_run(tmp_path / "run")).kept
     assert kept is not None
     kept.logits["student"] = kept.logits["teacher"]
-    found = facts.agreement(kept)
+    found = answers.agreement(kept)
     assert found is not None and found[1] is None and "every row the same" in found[2]
 
 
@@ -136,7 +136,7 @@ def test_long_texts_are_cut_and_say_so(tmp_path: Path) -> None:
     kept = read_run(make_run(tmp_path / "run")).kept
     assert kept is not None
     kept.rows.texts[0][:] = ["x" * 100_000] * len(kept.rows)
-    found = facts.agreement(kept)
+    found = answers.agreement(kept)
     assert found is not None and found[1] is not None
     text = found[1].rows[0][1].text
     assert text.endswith("… (100,000 characters)") and len(text) < 700
@@ -148,7 +148,7 @@ def test_confusion_counts_labels_by_row(tmp_path: Path) -> None:
     wrong = np.zeros_like(kept.logits["student"])
     wrong[:, 2] = 1
     kept.logits["student"] = wrong
-    found = {c.model: c.counts for c in facts.confusions(kept)}
+    found = {c.model: c.counts for c in answers.confusions(kept)}
     assert found["student"] == [[0, 0, 20], [0, 0, 20], [0, 0, 20]]
 
 

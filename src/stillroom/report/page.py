@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from stillroom import durable
 from stillroom.provenance import STUDENT
-from stillroom.report import card, comparison, facts, pretraining
+from stillroom.report import answers, card, comparison, facts, pretraining
 from stillroom.report.sources import (
     RESULTS,
     Run,
@@ -111,10 +111,10 @@ def render(run: Run) -> str:
         tests=facts.tests_table(tests),
         curves=facts.curves(run),
         flows=facts.flows(run),
-        agreement=kept and facts.agreement(kept),
-        classes=kept and facts.per_class(kept),
-        confusions=facts.confusions(kept) if kept else [],
-        calibration=kept and facts.calibrations(kept),
+        agreement=kept and answers.agreement(kept),
+        classes=kept and answers.per_class(kept),
+        confusions=answers.confusions(kept) if kept else [],
+        calibration=kept and answers.calibrations(kept),
         robustness=facts.robustness(run),
         environment=facts.environment(run),
         commands=facts.commands(run),
