@@ -91,6 +91,59 @@ def test_the_headline_is_what_the_metrics_say(tmp_path: Path) -> None:
     assert "nothing to keep" in facts.headline(run)
 
 
+def test_the_headline_names_the_fastest_export(tmp_path: Path) -> None:
+    """Its time was not taken in turns with the teacher's, and the page says so beside the times."""
+    folder = make_run(tmp_path / "run")
+    run = read_run(folder)
+    assert run.export is not None
+    run.export["forms"]["onnx"] = {**run.export["forms"]["onnx-int8"], "ms_per_row": 4.0}
+    assert " at 2.0 times its speed; exported (onnx-int8) 5.0 times; without" in facts.headline(run)
+    run.metrics["teacher"]["metrics"]["accuracy"] = 0.0
+    assert facts.headline(run).endswith("at 2.0 times the speed; exported (onnx-int8) 5.0 times.")
+    said = "in turns with each other but not with the teacher"
+    assert said in write(folder).read_text()
+    assert said not in write(make_run(tmp_path / "other", whole=False)).read_text()
+
+
+def test_what_is_kept_and_what_it_costs_stand_first(tmp_path: Path) -> None:
+    """A phone shows the first columns of a table, and the others after a scroll."""
+    run = read_run(make_run(tmp_path / "run"))
+    table, _ = facts.costs(run)
+    assert [name for name, _ in table.columns] == (
+        "model|accuracy kept|speed|MB on disk|accuracy %|ms per text|mcc|parameters".split("|")
+    )
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    assert list(rows) == ["teacher", "control", "student", "student, onnx-int8"]
+    said = rows["teacher"]
+    assert said[:3] == ["100.0 %", "1.0 ×", "80.0"] and said[4] == "10.00" and said[6] == "20.0 M"
+    assert rows["student, onnx-int8"][1:3] == ["5.0 ×", "10.0"]
+    assert rows["student, onnx-int8"][-1] == "–"
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    # Without a teacher nothing is kept, and the speed is the first model's.
+    del run.metrics["teacher"]
+    table, _ = facts.costs(run)
+    assert [name for name, _ in table.columns][:3] == ["model", "speed", "MB on disk"]
+    assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_the_page_says_how_to_use_the_student(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a run")
+    typed = [command for _, command in facts.commands(read_run(folder))]
+    assert [command.split()[1] for command in typed] == (
+        ["export", "predict", "serve", "distill", "distill", "report"]
+    )
+    assert typed[1] == f"stillroom predict '{folder}' FILE.csv -o OUT.csv"
+    page = unescape(write(folder).read_text())
+    assert all(command in page for command in typed)
+
+
+def test_perturbed_texts_are_explained(tmp_path: Path) -> None:
+    page = " ".join(write(make_run(tmp_path / "run")).read_text().split())
+    assert (
+        "with words swapped with a neighbour, or all in one case. A swap may change what is true." in page
+    )
+
+
 def test_differences_have_their_intervals_and_chance_is_named(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", rows=300))
     found = {(test.a, test.b): test for test in facts.tests(run) if test.first}

@@ -70,14 +70,18 @@ def headline(run: Run) -> str:
         )
     goal = metrics["teacher"]["metrics"][metric]
     speed = metrics["teacher"]["ms_per_example"] / metrics["student"]["ms_per_example"]
+    exported = ""
+    if run.export is not None and run.export["forms"]:
+        ms, form = min((made["ms_per_row"], name) for name, made in run.export["forms"].items())
+        exported = f"; exported ({form}) {metrics['teacher']['ms_per_example'] / ms:.1f} times"
     control = metrics.get("control", {}).get("metrics", {}).get(metric)
     if not goal > 0:
         return (
-            f"The teacher's {metric} is {100 * goal:.1f}, so there was nothing to keep; the student's is "
-            f"{100 * found:.1f}, at {speed:.1f} times the speed."
+            f"The teacher’s {metric} is {100 * goal:.1f}, so there was nothing to keep; the student’s is "
+            f"{100 * found:.1f}, at {speed:.1f} times the speed{exported}."
         )
     kept = f"{100 * found / goal:.1f} % of the teacher’s {metric}"
-    text = f"The student keeps {kept} at {speed:.1f} times its speed"
+    text = f"The student keeps {kept} at {speed:.1f} times its speed{exported}"
     if control is None:
         return f"{text}."
     return f"{text}; without a teacher it would have kept {100 * control / goal:.1f} %."
@@ -172,39 +176,37 @@ def tests_table(found: Sequence[Test]) -> Table | None:
 
 
 def costs(run: Run) -> tuple[Table, Picture]:
-    """Return the table of all models and exports, and the picture of quality against time."""
+    """Return the table of all models and exports, and the picture of quality against time.
+
+    What a phone shows without scrolling stands first: what is kept, the speed, the size.
+    """
     metrics, metric = run.metrics, run.metrics["metric"]
     # Without a teacher the first model there is stands in for it.
     first = metrics[run.models[0]]
-    names = list(first["metrics"])
     goal = metrics["teacher"]["metrics"][metric] if "teacher" in metrics else 0.0
     speed = first["ms_per_example"]
-    columns = [
-        ("model", False),
-        *((f"{name}{unit(name)}", True) for name in names),
-        (f"{metric} kept", True),
-        ("parameters", True),
-        ("MB on disk", True),
-        ("ms per text", True),
-        ("speed", True),
-    ]
+    others = [name for name in first["metrics"] if name != metric]
+    columns = [("model", False)]
+    if goal > 0:
+        columns.append((f"{metric} kept", True))
+    columns += [("speed", True), ("MB on disk", True), (f"{metric}{unit(metric)}", True)]
+    columns += [("ms per text", True), *((f"{name}{unit(name)}", True) for name in others)]
+    columns.append(("parameters", True))
     rows, points = [], []
 
     def add(
         name: str, role: str, found: Mapping[str, float], count: int | None, size: int, ms: float
     ) -> None:
-        kept = f"{100 * found[metric] / goal:.1f} %" if goal > 0 and metric in found else "–"
-        rows.append(
-            [
-                Cell(name, number=False),
-                *(Cell(f"{100 * found[n]:.1f}", found[n]) if n in found else Cell("–") for n in names),
-                Cell(kept),
-                Cell("–" if count is None else f"{count / 1e6:.1f} M", count),
-                Cell(f"{size / 1e6:.1f}", size),
-                Cell(f"{ms:.2f}", ms),
-                Cell(f"{speed / ms:.1f} ×", speed / ms),
-            ]
-        )
+        def value(name: str) -> Cell:
+            return Cell(f"{100 * found[name]:.1f}", found[name]) if name in found else Cell("–")
+
+        row = [Cell(name, number=False)]
+        if goal > 0:
+            row.append(Cell(f"{100 * found[metric] / goal:.1f} %" if metric in found else "–"))
+        row += [Cell(f"{speed / ms:.1f} ×", speed / ms), Cell(f"{size / 1e6:.1f}", size), value(metric)]
+        row += [Cell(f"{ms:.2f}", ms), *map(value, others)]
+        row.append(Cell("–" if count is None else f"{count / 1e6:.1f} M", count))
+        rows.append(row)
         if metric in found:
             points.append(Point(name, role, ms, 100 * found[metric]))
 
@@ -359,13 +361,16 @@ def pairs(caption: str, values: Mapping[str, Any]) -> Table:
 
 
 def commands(run: Run) -> list[tuple[str, str]]:
-    """Return what to type to repeat the run, to see its page again, and to use its student."""
-    folder = str(run.folder)
-    recipe = shlex.quote(f"{folder}/recipe.yaml")
+    """Return what to type to use the student, to repeat the run, and to see its page again."""
+    folder = shlex.quote(str(run.folder))
+    recipe = shlex.quote(f"{run.folder}/recipe.yaml")
     return [
+        ("The student in a form that is small and fast", f"stillroom export {folder}"),
+        ("What the student says of texts in a file", f"stillroom predict {folder} FILE.csv -o OUT.csv"),
+        ("The student as a server that answers over HTTP", f"stillroom serve {folder}"),
         ("The same student again", f"stillroom distill {recipe} -o NEW-FOLDER"),
         ("With another seed", f"stillroom distill {recipe} --seed 1 -o NEW-FOLDER"),
-        ("This page again", f"stillroom report {shlex.quote(folder)}"),
+        ("This page again", f"stillroom report {folder}"),
     ]
 
 
