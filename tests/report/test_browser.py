@@ -204,6 +204,20 @@ def test_the_page_never_scrolls_sideways(page: Any, scheme: str, width: int) -> 
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("width", [360, 390])
+def test_a_phone_shows_what_is_kept_and_the_speed_without_a_scroll(page: Any, width: int) -> None:
+    """Of four models, the exported one with the longest name."""
+    screen(page, width)
+    right, shown = page.execute_script(
+        "const table = document.querySelector('#costs table');"
+        "const edge = table.parentElement.getBoundingClientRect().right;"
+        "return [edge, [...table.tHead.rows[0].cells].map("
+        "(cell) => [cell.textContent, cell.getBoundingClientRect().right])]"
+    )
+    names = [name for name, end in shown if end <= right]
+    assert names[:4] == ["model", "accuracy kept", "speed", "MB on disk"]
+
+
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_comparison_fits_the_screen_in_silence(browser: Any, tmp_path: Path, width: int) -> None:
     screen(browser, width)

@@ -14,7 +14,9 @@ from made_run import HOSTILE, make_comparison, make_pretraining, make_run
 
 from stillroom import WrongInput
 from stillroom.data.tasks import Kind
-from stillroom.recipe import PretrainRecipe, Recipe
+from stillroom.methods import METHODS, build
+from stillroom.methods.base import Context
+from stillroom.recipe import MethodSettings, PretrainRecipe, Recipe
 from stillroom.report import answers, comparison, facts, flow, pictures, pretraining
 from stillroom.report.page import write
 from stillroom.report.sources import read_comparison, read_pretraining, read_run
@@ -214,6 +216,36 @@ def test_pictures_have_the_pages_colours_only(tmp_path: Path) -> None:
     assert "<metadata" not in picture.svg and "font-family" not in picture.svg
 
 
+def test_bins_of_few_rows_are_hollow_and_no_line_leads_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    plain = pictures._picture
+
+    def spy(figure: Any, *rest: Any) -> Any:
+        drawn.append(figure.axes[0])
+        return plain(figure, *rest)
+
+    monkeypatch.setattr(pictures, "_picture", spy)
+    rows = (4, 5, 1, 90)
+    picture = pictures.reliability("student", (0.55, 0.65, 0.75, 0.99), (0.0, 0.6, 0.0, 0.98), rows, 0.02)
+    (axes,) = drawn
+    diagonal, line = axes.lines
+    assert list(diagonal.get_xdata()) == [0, 1]
+    assert line.get_xydata().tolist() == [[0.65, 0.6], [0.99, 0.98]]
+    full, hollow = axes.collections
+    assert full.get_offsets().tolist() == [[0.65, 0.6], [0.99, 0.98]] and len(full.get_facecolors()) == 1
+    assert hollow.get_offsets().tolist() == [[0.55, 0.0], [0.75, 0.0]] and len(hollow.get_facecolors()) == 0
+    # The whole picture is seen, and said.
+    assert axes.get_ylim()[0] < 0 and "confidence 0.55: 0.00 right, 4 rows" in picture.svg
+    pictures.reliability("student", (0.9,), (1.0,), (3,), 0.1)
+    assert len(drawn[1].lines[1].get_xdata()) == 0
+
+
+def test_the_page_explains_hollow_bins_and_the_error(tmp_path: Path) -> None:
+    page = " ".join(write(make_run(tmp_path / "run")).read_text().split())
+    assert "a hollow one for fewer than 5, whose share says little: no line leads there. ECE, the" in page
+    assert "p is how often chance alone would" in page
+
+
 def log_of_flows(folder: Path, *flows: list[list[float]]) -> Path:
     """Write the log of a training that recorded these flows, one after the other."""
     folder.mkdir()
@@ -269,6 +301,53 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
     found = facts.thin(points)
     assert len(found) == facts.POINTS
     assert all(value == pytest.approx(0.5) for _, value in found)
+
+
+GENERATOR = {"generator": "tiny"}
+NEEDED: dict[str, dict[str, Any]] = {
+    "cilda": GENERATOR,
+    "mate-kd": GENERATOR,
+    "codir": {"bank_negatives": 3},
+}
+"""Options without which there is no plan."""
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"mixture"}))
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_every_term_that_a_method_may_log_is_explained(name: str, kind: Kind) -> None:
+    labels = np.arange(8) % 2
+    context = Context(kind, 1 if kind == "regression" else 2, 8, 2, 8, 4, 8, labels=labels)
+    plan = build(MethodSettings(name=name, **NEEDED.get(name, {})), context)
+    logged = [*plan.terms, *(f"augmented_{term}" for stage in plan.stages for term in stage.augmented)]
+    found = dict(facts.terms(name, logged))
+    assert list(found) == logged
+    # One line, without a stop, that ends a sentence "soft brings ...".
+    assert all(20 < len(what) < 110 and what[0].islower() and what[-1] != "." for what in found.values())
+    mixed = [f"augmented_{name}:{term}" for term in plan.terms]
+    assert dict(facts.terms("mixture", mixed)) == {
+        key: f"{METHODS[name].terms[key.partition(':')[2]]}, on augmented rows" for key in mixed
+    }
+
+
+def test_a_term_that_nobody_knows_has_no_line() -> None:
+    """An older run's method may be gone, and its control still learns from hard labels."""
+    assert [name for name, _ in facts.terms("gone", ["cos_nce", "hard"])] == ["hard"]
+
+
+def test_curves_share_their_epochs_and_the_gradient_norm_is_among_the_numbers(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    found = facts.curves(read_run(folder))
+    assert found is not None and found.norm is not None
+    assert [picture.caption for picture in found.pictures] == ["validation accuracy %", "soft"]
+    assert found.norm.caption == "gradient norm"
+    ticks = [re.findall(r">(\d\.\d+)</text>", each.svg)[:5] for each in (*found.pictures, found.norm)]
+    assert ticks == [["0.0", "0.5", "1.0", "1.5", "2.0"]] * 3
+    assert [row[0].text for row in found.table.rows] == ["soft"] * 4 + ["gradient norm"] * 4
+    page = write(folder).read_text()
+    numbers = page[page.index("<summary>The numbers") :]
+    assert "gradient norm over the epochs" in numbers[: numbers.index("</details>")]
+    assert page.count("gradient norm over the epochs") == 1
+    assert "<dt>soft</dt><dd>brings the student’s answers" in page
 
 
 def _without(path: Path) -> None:
@@ -399,6 +478,7 @@ def test_a_pretraining_has_a_page(tmp_path: Path, masked_lm: bool) -> None:
     assert set(re.findall(r'<a href="#(\w+)"', page)) == sections(page)
     assert "In 40 steps the loss on unseen text went from 2 to 0.0488" in page
     assert "last layer with the teacher’s from 0.40 to 0.80." in page
+    assert "<dt>cosine</dt><dd>turns" not in page and "<dt>hard</dt><dd>brings" in page
     assert "24,000 tokens, 0.5 passes" in page and "2,000 tokens per second" in page
     assert ("Perplexity is" in page) == masked_lm
     assert f"stillroom distill --teacher T --dataset D --student '{folder}' -o RUN" in unescape(page)

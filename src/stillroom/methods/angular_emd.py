@@ -18,7 +18,7 @@ from stillroom.data.batching import Batch
 from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Perturbation, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.ops.cos_nce import cos_nce_of_cosines, other_rows, unit_tokens
 from stillroom.ops.projection import project, start_unturned
 from stillroom.ops.transport import LayerMasses, MassRule, MassUpdate
@@ -174,5 +174,10 @@ METHOD = Method(
     status="experimental",
     settings=AngularEMDSettings,
     build=build,
+    terms={
+        "layers": "turns the student’s states to those of teacher layers, matched at the least cost (EMD)",
+        "soft": SOFT,
+        "hard": HARD,
+    },
     training={"epochs": 18, "batch_size": 16},
 )

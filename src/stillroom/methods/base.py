@@ -292,6 +292,8 @@ class Method:
     settings: type[Settings]
     build: Callable[[Any, Context], Plan]
     """Settings and context to a plan; raises `WrongInput` where they do not fit."""
+    terms: Mapping[str, str]
+    """By the name of each term that a plan may have what it does, for readers of a report."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Training defaults of the paper, used where a recipe sets none."""
     pretrain: Callable[[Any, Context], Plan] | None = None

@@ -19,7 +19,7 @@ from stillroom.data.batching import Batch
 from stillroom.data.tasks import Kind
 from stillroom.encoder import Needs, Outputs
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels
 from stillroom.ops.attention import visible
 from stillroom.ops.prediction import soft_cross_entropy
 from stillroom.ops.projection import project, start_unturned
@@ -189,5 +189,10 @@ METHOD = Method(
     status="as the authors' code",
     settings=BertEMDSettings,
     build=build,
+    terms={
+        "layers": "brings attention and states to those of teacher layers, matched at the least cost (EMD)",
+        "soft": SOFT,
+        "hard": HARD,
+    },
     training={"epochs": 10, "batch_size": 32, "learning_rate": 3e-5},
 )

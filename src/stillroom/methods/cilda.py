@@ -20,7 +20,7 @@ from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.methods.augmentation import AugmentationSettings, Divergence, augmentation
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels
+from stillroom.methods.prediction import HARD, HardLabels
 
 
 class CILDASettings(AugmentationSettings):
@@ -189,5 +189,10 @@ METHOD = Method(
     status="as re-implemented by TKC002, on the official MATE-KD base",
     settings=CILDASettings,
     build=build,
+    terms={
+        "contrast": "turns one vector of each row to the teacher’s of it, away from those of other rows",
+        "soft": "brings the student’s answers to the teacher’s",
+        "hard": HARD,
+    },
     training={"epochs": 20, "learning_rate": 2e-5, "weight_decay": 0.0, "max_grad_norm": 5.0},
 )

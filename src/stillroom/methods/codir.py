@@ -21,7 +21,7 @@ from stillroom.data.batching import Batch
 from stillroom.encoder import Needs, Outputs, Pooling
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.ops.info_nce import info_nce
 from stillroom.processes import Share
 from stillroom.recipe import Settings
@@ -395,6 +395,11 @@ METHOD = Method(
     status="loss as described in third-party summaries; official mode as released in intersun/CoDIR",
     settings=CoDIRSettings,
     build=build,
+    terms={
+        "contrast": "turns one vector of each row to the teacher’s of it, away from those of other rows",
+        "soft": SOFT,
+        "hard": HARD,
+    },
     pretrain=pretrain,
     masked_lm=True,
     training={"epochs": 10, "warmup": 0.06, "weight_decay": 0.1},

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stillroom.data.batching import Batch
 from stillroom.encoder import Needs, Outputs
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.ops.cos_nce import angular_distance
 from stillroom.ops.projection import project, start_unturned
 from stillroom.recipe import Settings
@@ -111,6 +111,7 @@ METHOD = Method(
     status="pre-training loss adapted to the task: hard labels for the masked LM",
     settings=DistilBERTSettings,
     build=build,
+    terms={"cosine": "turns the student’s last hidden states to the teacher’s", "soft": SOFT, "hard": HARD},
     # Logits of a masked LM, and the hidden words as its hard labels: the paper's own use.
     pretrain=build,
     masked_lm=True,

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stillroom.methods.base import Context, Method, Plan, Stage
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.recipe import Settings
 
 
@@ -41,4 +41,5 @@ METHOD = Method(
     status="as the paper",
     settings=KDSettings,
     build=build,
+    terms={"soft": SOFT, "hard": HARD},
 )

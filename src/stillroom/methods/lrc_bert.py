@@ -19,7 +19,7 @@ from stillroom.data.batching import Batch
 from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Perturbation, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.ops.cos_nce import (
     cos_nce,
     cos_nce_of_cosines,
@@ -222,6 +222,11 @@ METHOD = Method(
     status="as re-implemented by GLMKD and BERT-gang, but for the norm of the perturbation",
     settings=LRCBertSettings,
     build=build,
+    terms={
+        "cos_nce": "turns the student’s states to the teacher’s of the same row, away from other rows’",
+        "soft": SOFT,
+        "hard": HARD,
+    },
     pretrain=pretrain,
     training={"epochs": 18, "batch_size": 16},
 )

@@ -7,7 +7,7 @@ Distillation", ACL 2021, arXiv 2105.05912. Equations and defaults as in its offi
 
 from stillroom.methods.augmentation import AugmentationSettings, Divergence, augmentation
 from stillroom.methods.base import Context, Method, Plan, Stage
-from stillroom.methods.prediction import HardLabels
+from stillroom.methods.prediction import HARD, HardLabels
 
 
 class MateKDSettings(AugmentationSettings):
@@ -33,5 +33,6 @@ METHOD = Method(
     status="as the official code, its cross-entropy replaced by KL",
     settings=MateKDSettings,
     build=build,
+    terms={"soft": "brings the student’s answers to the teacher’s", "hard": HARD},
     training={"epochs": 30, "learning_rate": 2e-5, "weight_decay": 0.0, "max_grad_norm": 5.0},
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from stillroom.data.batching import Batch
 from stillroom.encoder import Needs, Outputs
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.ops.attention import relation_divergence, relation_scores
 from stillroom.recipe import Settings
 
@@ -99,5 +99,11 @@ METHOD = Method(
     status="as re-implemented by GLMKD, pre-training as a first stage on the task",
     settings=MiniLMSettings,
     build=build,
+    terms={
+        "attention": "brings the last layer’s attention to the teacher’s",
+        "value_relation": "brings products of the last layer’s values to the teacher’s",
+        "soft": SOFT,
+        "hard": HARD,
+    },
     pretrain=pretrain,
 )

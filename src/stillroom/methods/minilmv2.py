@@ -14,7 +14,7 @@ from stillroom.data.batching import Batch
 from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.ops.attention import relation_divergence, relation_scores
 from stillroom.recipe import Settings
 
@@ -114,5 +114,12 @@ METHOD = Method(
     status="as re-implemented by GLMKD, pre-training as a first stage on the task",
     settings=MiniLMv2Settings,
     build=build,
+    terms={
+        "query_relation": "brings products of the last layer’s queries to those of a teacher layer",
+        "key_relation": "brings products of the last layer’s keys to those of a teacher layer",
+        "value_relation": "brings products of the last layer’s values to those of a teacher layer",
+        "soft": SOFT,
+        "hard": HARD,
+    },
     pretrain=pretrain,
 )

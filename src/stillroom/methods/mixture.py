@@ -135,4 +135,9 @@ def of(methods: Mapping[str, Method]) -> Method:
         status="terms as in their methods",
         settings=MixtureSettings,
         build=lambda settings, context: build(settings, context, methods),
+        terms={
+            f"{method.name}:{term}": what
+            for method in methods.values()
+            for term, what in method.terms.items()
+        },
     )

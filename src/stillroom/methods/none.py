@@ -1,7 +1,7 @@
 """No teacher: the student learns from hard labels alone. The control of every comparison."""
 
 from stillroom.methods.base import Context, Method, Plan, Stage
-from stillroom.methods.prediction import HardLabels
+from stillroom.methods.prediction import HARD, HardLabels
 from stillroom.recipe import Settings
 
 
@@ -22,4 +22,5 @@ METHOD = Method(
     status="control",
     settings=NoneSettings,
     build=build,
+    terms={"hard": HARD},
 )

@@ -17,7 +17,7 @@ from stillroom.data.batching import Batch
 from stillroom.encoder import Needs, Outputs
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.ops.layer_map import LayerMap, resolve_layer_map
 from stillroom.ops.projection import start_unturned
 from stillroom.recipe import Settings
@@ -154,5 +154,10 @@ METHOD = Method(
     status="as the authors' code",
     settings=PKDSettings,
     build=build,
+    terms={
+        "first_tokens": "brings each layer’s state of the first token to that of a teacher layer",
+        "soft": SOFT,
+        "hard": HARD,
+    },
     training={"epochs": 4, "batch_size": 32, "learning_rate": 2e-5},
 )

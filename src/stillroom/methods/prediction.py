@@ -8,6 +8,10 @@ from stillroom.encoder import Needs, Outputs
 from stillroom.methods.base import Term
 from stillroom.ops.prediction import hard_label_loss, soft_label_loss
 
+HARD = "brings the student’s answers to the labels of the data"
+SOFT = "brings the student’s answers to the teacher’s, probabilities softened by the temperature"
+"""What the terms do, for readers of a report."""
+
 
 class HardLabels(Term):
     """The task's own loss: `ops.prediction.hard_label_loss`."""

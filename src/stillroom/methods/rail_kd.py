@@ -19,7 +19,7 @@ from stillroom.data.batching import Batch
 from stillroom.encoder import Needs, Outputs, Pooling
 from stillroom.errors import WrongInput
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels, SoftLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels, SoftLabels
 from stillroom.ops.layer_map import LayerMap, resolve_layer_map
 from stillroom.recipe import Settings
 
@@ -235,4 +235,9 @@ METHOD = Method(
     status="as re-implemented by GLMKD and TKC002",
     settings=RAILKDSettings,
     build=build,
+    terms={
+        "layers": "brings pooled states to those of teacher layers that are drawn at random",
+        "soft": SOFT,
+        "hard": HARD,
+    },
 )

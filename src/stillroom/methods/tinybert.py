@@ -17,7 +17,7 @@ from stillroom.data.batching import Batch
 from stillroom.data.tasks import Kind
 from stillroom.encoder import Needs, Outputs
 from stillroom.methods.base import Context, Method, Plan, Stage, Term
-from stillroom.methods.prediction import HardLabels
+from stillroom.methods.prediction import HARD, SOFT, HardLabels
 from stillroom.ops.attention import visible
 from stillroom.ops.layer_map import LayerMap, resolve_layer_map
 from stillroom.ops.prediction import soft_cross_entropy
@@ -182,6 +182,12 @@ METHOD = Method(
     status="task distillation as the authors' code, in one run",
     settings=TinyBERTSettings,
     build=build,
+    terms={
+        "attention": "brings each layer’s attention scores to those of a teacher layer",
+        "hidden_states": "brings embeddings and each layer’s states to those of a teacher layer",
+        "soft": SOFT,
+        "hard": HARD,
+    },
     pretrain=pretrain,
     training={"epochs": 13, "batch_size": 32, "learning_rate": 5e-5},
 )

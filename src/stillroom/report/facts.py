@@ -4,7 +4,7 @@ Parts for which the run has nothing are None or empty; the page leaves their sec
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,16 @@ import yaml
 
 from stillroom.evaluation.metrics import predictions
 from stillroom.evaluation.significance import RESAMPLED, mcnemar, paired_bootstrap
+from stillroom.methods import METHODS
 from stillroom.report import flow, pictures
 from stillroom.report.pictures import Picture, Point
 from stillroom.report.sources import Run
 
 POINTS = 200
 """Most points of a curve; longer ones show means of neighbours."""
+
+_AUGMENTED = "augmented_"
+"""How a log names a term on augmented rows: this, and the term's name."""
 
 _NOT_TERMS = {
     "step",
@@ -167,11 +171,12 @@ def tests_table(found: Sequence[Test]) -> Table | None:
         if several:
             row.append(Cell("" if test.p is None else _p(test.p)))
         rows.append(row)
-    if several:
-        columns.append(("p (McNemar)", True))
     caption = (
         "Differences between models on the same rows, with intervals from a paired bootstrap over the rows"
     )
+    if several:
+        columns.append(("p (McNemar)", True))
+        caption += "; p is how often chance alone would make two models differ as much"
     return Table(caption, columns, rows)
 
 
@@ -233,7 +238,38 @@ def costs(run: Run) -> tuple[Table, Picture]:
     return Table(caption, columns, rows), pictures.quality(points, metric, unit(metric))
 
 
-def curves(run: Run) -> tuple[list[Picture], Table] | None:
+def terms(method: str, logged: Iterable[str]) -> list[tuple[str, str]]:
+    """Return what each term of a method does, for the terms that a log names.
+
+    Example:
+        >>> terms("pkd", ["first_tokens", "other"])
+        [('first_tokens', 'brings each layer’s state of the first token to that of a teacher layer')]
+    """
+    # A control learns from hard labels, whatever the method.
+    known = {**METHODS["none"].terms, **(METHODS[method].terms if method in METHODS else {})}
+    found = []
+    for name in logged:
+        what = known.get(name.removeprefix(_AUGMENTED))
+        if what is not None:
+            found.append((name, f"{what}, on augmented rows" if name.startswith(_AUGMENTED) else what))
+    return found
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a run trained."""
+
+    pictures: list[Picture]
+    """The metric, and each term."""
+    terms: list[tuple[str, str]]
+    """What each term does."""
+    norm: Picture | None
+    """The norm of the gradient."""
+    table: Table
+    """What each stage began and ended with."""
+
+
+def curves(run: Run) -> Training | None:
     """Return the training curves of every term, and the table of each stage's first and last values."""
     steps = {
         name: [line for line in log if "validation" not in line]
@@ -241,7 +277,7 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
     }
     if not steps["student"]:
         return None
-    terms = dict.fromkeys(
+    names = dict.fromkeys(
         key
         for lines in (steps["student"], steps["control"])
         for line in lines
@@ -249,7 +285,8 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
         if key not in _NOT_TERMS and isinstance(value, int | float)
     )
     starts = stage_starts(steps["student"])
-    drawn = []
+    end = max(line["epoch"] for found in steps.values() for line in found)
+    drawn, norm = [], None
     metric = run.metrics["metric"]
     evaluations = {
         name: [
@@ -262,10 +299,10 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
     evaluations = {name: points for name, points in evaluations.items() if points}
     if evaluations:
         title = f"validation {metric}{unit(metric)}"
-        drawn.append(pictures.curves(title, evaluations, starts, markers=True))
+        drawn.append(pictures.curves(title, evaluations, starts, markers=True, end=end))
     columns = [("term", False), ("model", False), ("stage", True), ("first", True), ("last", True)]
     rows = []
-    for term in (*terms, "gradient_norm"):
+    for term in (*names, "gradient_norm"):
         lines = {
             name: [(line["epoch"], line[term]) for line in found if term in line]
             for name, found in steps.items()
@@ -273,8 +310,12 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
         lines = {name: thin(points) for name, points in lines.items() if points}
         if not lines:
             continue
-        title = "gradient norm" if term == "gradient_norm" else f"{term} (unweighted)"
-        drawn.append(pictures.curves(title, lines, starts))
+        title = "gradient norm" if term == "gradient_norm" else term
+        picture = pictures.curves(title, lines, starts, end=end)
+        if term == "gradient_norm":
+            norm = picture
+        else:
+            drawn.append(picture)
         for name in lines:
             stages: dict[int, list[float]] = {}
             for line in steps[name]:
@@ -283,14 +324,15 @@ def curves(run: Run) -> tuple[list[Picture], Table] | None:
             for stage, values in stages.items():
                 rows.append(
                     [
-                        Cell(term.replace("_", " "), number=False),
+                        Cell(title, number=False),
                         Cell(name, number=False),
                         Cell(str(stage)),
                         Cell(f"{values[0]:.4g}"),
                         Cell(f"{values[-1]:.4g}"),
                     ]
                 )
-    return drawn, Table("Each term when a stage begins and ends, as logged", columns, rows)
+    table = Table("Each term when a stage begins and ends, as logged", columns, rows)
+    return Training(drawn, terms(run.recipe["method"]["name"], names), norm, table)
 
 
 def flows(run: Run) -> list[tuple[Picture, Table]]:

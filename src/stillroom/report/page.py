@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from stillroom import durable
 from stillroom.provenance import STUDENT
-from stillroom.report import answers, card, comparison, facts, pretraining
+from stillroom.report import answers, card, comparison, facts, pictures, pretraining
 from stillroom.report.sources import (
     RESULTS,
     Run,
@@ -83,6 +83,7 @@ def write_pretraining(folder: Path, output: Path | None = None) -> Path:
         caution=pretraining.caution(run),
         held_out=pretraining.held_out(run),
         curves=pretraining.curves(run),
+        terms=pretraining.terms(run),
         read=pretraining.text(run),
         models=pretraining.models(run),
         commands=pretraining.commands(run),
@@ -115,6 +116,7 @@ def render(run: Run) -> str:
         classes=kept and answers.per_class(kept),
         confusions=answers.confusions(kept) if kept else [],
         calibration=kept and answers.calibrations(kept),
+        few=pictures.FEW,
         robustness=facts.robustness(run),
         environment=facts.environment(run),
         commands=facts.commands(run),

@@ -19,6 +19,9 @@ import numpy as np
 ROLES = ("ink", "soft", "line", "raised", "teacher", "control", "student", "export")
 """Roles of colours: each is a variable of the style sheet."""
 
+FEW = 5
+"""Fewest rows of a bin of confidence whose share of right answers is more than chance."""
+
 _STAND_INS = {role: f"#0102{i:02x}" for i, role in enumerate(ROLES, start=1)}
 
 _LINES = {
@@ -131,8 +134,12 @@ def curves(
     *,
     markers: bool = False,
     across: str = "epoch",
+    end: float | None = None,
 ) -> Picture:
-    """Return one line per model over the epochs or steps, with a dotted line where a stage begins."""
+    """Return one line per model over the epochs or steps, with a dotted line where a stage begins.
+
+    With `end` the picture reaches from 0 to there, as others beside it do, wherever its lines begin.
+    """
     with _figure(3.6, 2.5) as figure:
         axes = figure.add_subplot()
         for name, points in lines.items():
@@ -147,6 +154,8 @@ def curves(
             )
         for start in stages:
             axes.axvline(start, color=_STAND_INS["soft"], linewidth=1, linestyle=":")
+        if end is not None:
+            axes.set_xlim(-0.03 * end, 1.03 * end)
         axes.set_xlabel(across)
         axes.set_title(title, fontsize=11, color=_STAND_INS["ink"], loc="left", weight="bold")
         if len(lines) > 1:
@@ -204,24 +213,29 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> Pi
 def reliability(
     name: str, confidence: Sequence[float], accuracy: Sequence[float], rows: Sequence[int], error: float
 ) -> Picture:
-    """Return the share of right answers against confidence; on the diagonal both are equal."""
+    """Return the share of right answers against confidence; on the diagonal both are equal.
+
+    Bins of fewer than `FEW` rows are hollow, and no line leads to them.
+    """
     with _figure(3.0, 3.0) as figure:
         axes = figure.add_subplot()
         axes.plot([0, 1], [0, 1], color=_STAND_INS["soft"], linewidth=1, linestyle=":")
-        axes.plot(confidence, accuracy, color=_STAND_INS[name], linewidth=1.2)
-        most = max(rows)
-        sizes = [20 + 120 * count / most for count in rows]
-        axes.scatter(confidence, accuracy, s=sizes, color=_STAND_INS[name])
+        bins = list(zip(confidence, accuracy, rows, strict=True))
+        many = [each for each in bins if each[2] >= FEW]
+        few = [each for each in bins if each[2] < FEW]
+        axes.plot([c for c, _, _ in many], [a for _, a, _ in many], color=_STAND_INS[name], linewidth=1.2)
+        for found, inside in ((many, _STAND_INS[name]), (few, "none")):
+            sizes = [20 + 120 * count / max(rows) for _, _, count in found]
+            edge = _STAND_INS[name if found is many else "soft"]
+            places = [c for c, _, _ in found], [a for _, a, _ in found]
+            axes.scatter(*places, s=sizes, facecolors=inside, edgecolors=edge)
         lowest = min(0.5, *confidence, *accuracy)
         axes.set_xlim(lowest - 0.05, 1.05)
         axes.set_ylim(lowest - 0.05, 1.05)
         axes.set_xlabel("confidence")
         axes.set_ylabel("share that is right")
         axes.set_title(f"{name}: ECE {100 * error:.1f} %", fontsize=11, loc="left", weight="bold")
-        said = "; ".join(
-            f"confidence {c:.2f}: {a:.2f} right, {n} rows"
-            for c, a, n in zip(confidence, accuracy, rows, strict=True)
-        )
+        said = "; ".join(f"confidence {c:.2f}: {a:.2f} right, {n} rows" for c, a, n in bins)
         return _picture(
             figure, f"Reliability of the {name}, error {100 * error:.1f} %. {said}.", f"Reliability, {name}"
         )

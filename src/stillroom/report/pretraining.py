@@ -65,6 +65,11 @@ def curves(run: Pretrained) -> list[Picture]:
     return [*drawn, pictures.layers("match of layers (linear CKA)", lines)]
 
 
+def terms(run: Pretrained) -> list[tuple[str, str]]:
+    """Return what each term of the loss does."""
+    return facts.terms(run.recipe["method"]["name"], run.metrics["held_out"]["before"])
+
+
 def text(run: Pretrained) -> Table:
     """Return what was read, and what it came to."""
     found, took = run.metrics["text"], run.metrics["train"]
