@@ -226,7 +226,8 @@ def test_bins_of_few_rows_are_hollow_and_no_line_leads_to_them(monkeypatch: pyte
 
     monkeypatch.setattr(pictures, "_picture", spy)
     rows = (4, 5, 1, 90)
-    picture = pictures.reliability("student", (0.55, 0.65, 0.75, 0.99), (0.0, 0.6, 0.0, 0.98), rows, 0.02)
+    shares = (0.0, 0.6, 0.0, 0.98)
+    picture = pictures.reliability("student", (0.55, 0.65, 0.75, 0.99), shares, rows, 0.02, lowest=0.0)
     (axes,) = drawn
     diagonal, line = axes.lines
     assert list(diagonal.get_xdata()) == [0, 1]
@@ -234,10 +235,26 @@ def test_bins_of_few_rows_are_hollow_and_no_line_leads_to_them(monkeypatch: pyte
     full, hollow = axes.collections
     assert full.get_offsets().tolist() == [[0.65, 0.6], [0.99, 0.98]] and len(full.get_facecolors()) == 1
     assert hollow.get_offsets().tolist() == [[0.55, 0.0], [0.75, 0.0]] and len(hollow.get_facecolors()) == 0
-    # The whole picture is seen, and said.
-    assert axes.get_ylim()[0] < 0 and "confidence 0.55: 0.00 right, 4 rows" in picture.svg
-    pictures.reliability("student", (0.9,), (1.0,), (3,), 0.1)
+    assert (
+        axes.get_xlim() == axes.get_ylim() == (-0.05, 1.05)
+        and "confidence 0.55: 0.00 right, 4 rows" in picture.svg
+    )
+    pictures.reliability("student", (0.9,), (1.0,), (3,), 0.1, lowest=0.5)
     assert len(drawn[1].lines[1].get_xdata()) == 0
+
+
+def test_pictures_of_calibration_share_their_axes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lowest = []
+    plain = pictures.reliability
+
+    def spy(*given: Any, **named: Any) -> Any:
+        lowest.append((named["lowest"], min(*given[1], *given[2])))
+        return plain(*given, **named)
+
+    monkeypatch.setattr(pictures, "reliability", spy)
+    kept = read_run(make_run(tmp_path / "run")).kept
+    assert kept is not None and answers.calibrations(kept) is not None
+    assert [start for start, _ in lowest] == [min(0.5, *(own for _, own in lowest))] * 3
 
 
 def test_the_page_explains_hollow_bins_and_the_error(tmp_path: Path) -> None:

@@ -191,21 +191,20 @@ def calibrations(kept: Predictions) -> tuple[list[Picture], Table] | None:
         return None
     columns = [("model", False), ("ECE", True), ("mean confidence", True), ("accuracy", True)]
     drawn, rows = [], []
-    for name in ("teacher", "control", "student"):
-        if name in kept.logits:
-            found = calibration(kept.logits[name], kept.rows.labels)
-            total = sum(found.rows)
-            mean = sum(c * n for c, n in zip(found.confidence, found.rows, strict=True)) / total
-            share = sum(a * n for a, n in zip(found.accuracy, found.rows, strict=True)) / total
-            drawn.append(
-                pictures.reliability(name, found.confidence, found.accuracy, found.rows, found.error)
-            )
-            rows.append(
-                [
-                    Cell(name, number=False),
-                    *(Cell(f"{100 * value:.1f} %") for value in (found.error, mean, share)),
-                ]
-            )
+    bins = {
+        name: calibration(kept.logits[name], kept.rows.labels)
+        for name in ("teacher", "control", "student")
+        if name in kept.logits
+    }
+    lowest = min(0.5, *(value for found in bins.values() for value in (*found.confidence, *found.accuracy)))
+    for name, found in bins.items():
+        total = sum(found.rows)
+        mean = sum(c * n for c, n in zip(found.confidence, found.rows, strict=True)) / total
+        share = sum(a * n for a, n in zip(found.accuracy, found.rows, strict=True)) / total
+        one = (found.confidence, found.accuracy, found.rows, found.error)
+        drawn.append(pictures.reliability(name, *one, lowest=lowest))
+        values = [Cell(f"{100 * value:.1f} %") for value in (found.error, mean, share)]
+        rows.append([Cell(name, number=False), *values])
     return drawn, Table("Expected calibration error over ten bins of confidence", columns, rows)
 
 

@@ -211,11 +211,18 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]]) -> Pi
 
 
 def reliability(
-    name: str, confidence: Sequence[float], accuracy: Sequence[float], rows: Sequence[int], error: float
+    name: str,
+    confidence: Sequence[float],
+    accuracy: Sequence[float],
+    rows: Sequence[int],
+    error: float,
+    *,
+    lowest: float,
 ) -> Picture:
     """Return the share of right answers against confidence; on the diagonal both are equal.
 
-    Bins of fewer than `FEW` rows are hollow, and no line leads to them.
+    Bins of fewer than `FEW` rows are hollow, and no line leads to them. Both axes begin at `lowest`, as
+    those of the pictures beside it.
     """
     with _figure(3.0, 3.0) as figure:
         axes = figure.add_subplot()
@@ -229,7 +236,6 @@ def reliability(
             edge = _STAND_INS[name if found is many else "soft"]
             places = [c for c, _, _ in found], [a for _, a, _ in found]
             axes.scatter(*places, s=sizes, facecolors=inside, edgecolors=edge)
-        lowest = min(0.5, *confidence, *accuracy)
         axes.set_xlim(lowest - 0.05, 1.05)
         axes.set_ylim(lowest - 0.05, 1.05)
         axes.set_xlabel("confidence")
