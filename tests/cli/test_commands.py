@@ -167,6 +167,19 @@ def test_evaluate_compares_each_model_with_the_first(
     assert "accuracy difference" in text and text.count("[") == 2 * len(first["metrics"])
 
 
+def test_evaluate_says_which_columns_it_read(workspace: Workspace, tmp_path: Path) -> None:
+    """A usual name would win over the column that a model was trained on, without a word."""
+    assert workspace.finetuned["text"] == ["text"]
+    for name in ("train", "validation"):
+        given = (workspace.data / f"{name}.csv").read_text()
+        (tmp_path / f"{name}.csv").write_text(given.replace("text,", "review,", 1))
+    result = run("evaluate", workspace.teacher, "--dataset", tmp_path)
+    assert "100 rows (review)" in result.stdout
+    assert f"{workspace.teacher} was trained on 'text', and 'review' is read here" in result.stderr
+    named = run("evaluate", workspace.teacher, "--dataset", tmp_path, "--set", "dataset.text=[review]")
+    assert "Warning" not in named.stderr
+
+
 def test_evaluate_reads_another_split(workspace: Workspace) -> None:
     command = ("evaluate", workspace.teacher, "--dataset", workspace.data, "--json")
     assert json.loads(run(*command, "--split", "train").stdout)["rows"] == 240

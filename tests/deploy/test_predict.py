@@ -1,8 +1,10 @@
 """Predicting files: the same answers as torch, the same rows in the same order, clear refusals."""
 
 import csv
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from exports import QUIET, Exported
@@ -104,16 +107,74 @@ def test_lines_of_text_keep_empty_ones_and_long_ones_are_cut(exported: Exported,
 def test_pairs_are_read_by_usual_names_or_those_given(exported: Exported, tmp_path: Path) -> None:
     first, second = texts(9), texts(18)[9:]
     expected = answer(Predictor.load(exported.folder, "onnx"), list(zip(first, second, strict=True)))
+    # Exports of before there were any do not name the columns that the model was trained on.
+    folder = shutil.copytree(exported.folder, tmp_path / "older")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest.pop("text") == ["text"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     usual = write(tmp_path / "usual.csv", {"premise": first, "hypothesis": second})
     named = write(tmp_path / "named.parquet", {"b": second, "a": first})
     for source, text in ((usual, None), (named, ["a", "b"])):
-        predict(exported.folder, source, tmp_path / "out.jsonl", form="onnx", text=text)
+        found = predict(folder, source, tmp_path / "out.jsonl", form="onnx", text=text)
+        assert found["text"] == (text or ["premise", "hypothesis"])
         rows = read(tmp_path / "out.jsonl")
         assert np.allclose(
             [row["probability_positive"] for row in rows],
             [said.probabilities["positive"] for said in expected],
             atol=1e-4,
         )
+
+
+def trained(folder: Path, text: list[str] | None, metrics: dict[str, Any], name: str = "d.csv") -> Path:
+    """Return a run whose recipe asks for text columns and whose metrics say which were read."""
+    make_encoder().save(folder / "student")
+    dataset = {"name": name, "text": text}
+    (folder / "recipe.yaml").write_text(json.dumps({"dataset": dataset}))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.mark.parametrize("inside", [".", "student"])
+def test_a_run_reads_the_columns_that_it_was_trained_on(tmp_path: Path, inside: str) -> None:
+    """It would predict from another column, whose name is more usual, and say nothing."""
+    source = write(tmp_path / "in.jsonl", {"text": texts(4), "review": texts(8)[4:]})
+    asked = trained(tmp_path / "asked", ["review"], {})
+    told = trained(tmp_path / "told", None, {"text": ["review"]})
+    for model in (asked, told):
+        found = predict(model / inside, source, tmp_path / "out.jsonl")
+        assert found["text"] == ["review"]
+    said = read(tmp_path / "out.jsonl")
+    predict(told, source, tmp_path / "named.jsonl", text=["review"])
+    assert said == read(tmp_path / "named.jsonl")
+    # Where the file lacks them, a usual name of as many columns.
+    other = write(tmp_path / "other.jsonl", {"question": texts(2), "sentence": texts(2)})
+    assert predict(told, other, tmp_path / "out.jsonl")["text"] == ["sentence"]
+
+
+def test_one_text_is_not_read_by_a_model_of_two_or_the_other_way_round(tmp_path: Path) -> None:
+    one = trained(tmp_path / "one", ["review"], {})
+    two = trained(tmp_path / "two", None, {}, "glue/mnli")
+    pairs = write(tmp_path / "pairs.jsonl", {"text1": texts(2), "text2": texts(2)})
+    single = write(tmp_path / "single.jsonl", {"text": texts(2)})
+    why = refused(pairs, tmp_path / "out.jsonl", one)
+    assert why == (
+        f"The model was trained on one text ('review'), and would read 'text1' and 'text2' of {pairs}. "
+        "Name one column with --text, or give another model."
+    )
+    assert "two texts ('premise' and 'hypothesis')" in refused(single, tmp_path / "out.jsonl", two)
+    assert "one text" in refused(pairs, tmp_path / "out.jsonl", one, text=["text2", "text1"])
+    assert predict(one, pairs, tmp_path / "out.jsonl", text=["text2"])["text"] == ["text2"]
+
+
+def test_pairs_for_a_model_of_which_nothing_is_known_are_a_warning(tmp_path: Path) -> None:
+    make_encoder().save(tmp_path / "model")
+    pairs = write(tmp_path / "pairs.jsonl", {"text1": texts(2), "text2": texts(2)})
+    shown = io.StringIO()
+    console = Console(file=shown, width=1000)
+    predict(tmp_path / "model", pairs, tmp_path / "out.jsonl", text=["text1", "text2"], console=console)
+    assert "Warning" not in shown.getvalue()
+    predict(tmp_path / "model", pairs, tmp_path / "out.jsonl", console=console)
+    assert "text1 and text2 are read as pairs" in shown.getvalue()
 
 
 def test_scores_and_several_labels(tmp_path: Path) -> None:
@@ -254,7 +315,7 @@ def test_standard_input_to_standard_output(exported: Exported) -> None:
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["text"] for row in rows] == ["a good film", ""]
-    assert "2 rows with onnx" in done.stderr
+    assert "2 rows (text) with onnx" in done.stderr
     done = subprocess.run(
         [*command, "--format", "jsonl"], input="no", capture_output=True, text=True, timeout=60
     )

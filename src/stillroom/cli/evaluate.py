@@ -117,7 +117,7 @@ def _show(found: dict[str, Any]) -> None:
             columns[f"{name} difference"] = "right"
     table = frame.table(
         {**columns, **({"p": "right"} if tested else {}), **frame.COST_COLUMNS},
-        title=f"{found['dataset']} {found['split']}, {found['rows']} rows",
+        title=f"{found['dataset']} {found['split']}, {found['rows']} rows ({' and '.join(found['text'])})",
     )
     for model in found["models"]:
         against = model.get("against_first")

@@ -51,7 +51,8 @@ def predict(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="COL", help="The text column; twice for pairs. Default: those of a usual name."
+            metavar="COL",
+            help="The text column; twice for pairs. Default: those trained on, else those of a usual name.",
         ),
     ] = None,
     input_format: Annotated[
@@ -96,7 +97,8 @@ def predict(
     with os.fdopen(os.dup(1), "wb") as rows:
         found = frame.execute(work, as_json=as_json)
     cut = f"; {found['cut']:,} of them cut to {found['max_length']} tokens" if found["cut"] else ""
-    said = f"{found['rows']:,} rows with {found['form']}, {found['rows_per_second']:.0f} rows/s{cut}"
+    read = f"{found['rows']:,} rows ({' and '.join(found['text'])})"
+    said = f"{read} with {found['form']}, {found['rows_per_second']:.0f} rows/s{cut}"
     if output is None:
         typer.echo(said, err=True)
     elif not as_json:

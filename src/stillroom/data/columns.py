@@ -12,6 +12,7 @@ import numpy as np
 from stillroom.data import soft_labels
 from stillroom.data.tables import Table
 from stillroom.data.tasks import Kind, Rows, Task, plain
+from stillroom.data.trained import listed
 from stillroom.errors import WrongInput
 from stillroom.recipe import DatasetSettings, nearest, setting
 
@@ -86,34 +87,62 @@ def task_of(table: Table, settings: DatasetSettings) -> tuple[Task, bool]:
 
 
 def text_columns(
-    table: Table, given: tuple[str, ...] | None, *, option: str = "dataset.text"
+    table: Table,
+    given: tuple[str, ...] | None,
+    *,
+    option: str = "dataset.text",
+    trained: tuple[str, ...] | None = None,
 ) -> tuple[str, ...]:
-    """Return the one or two text columns: those given, else those of a usual name.
+    """Return the one or two text columns: those given, else those trained on, else those of a usual name.
 
     Args:
         table: A file's columns.
         given: Names, or None.
         option: How the caller's user names columns.
+        trained: The columns that the model which is to read them was trained on, if that is known.
 
     Raises:
-        WrongInput: If a column is missing, or none has a usual name.
+        WrongInput: If a column is missing, none has a usual name, or a model of one text would read two
+            or the other way round.
     """
     if given is not None:
         if len(given) not in (1, 2) or len(set(given)) < len(given):
             raise WrongInput(f"{option} takes one or two columns, found {len(given)}: {list(given)}.")
         for column in given:
             _require_column(table, column, option)
+        require_as_many(table.source, given, trained, option)
         return given
+    if trained is not None and all(name in table.columns for name in trained):
+        return trained
     by_name = {name.lower(): name for name in reversed(list(table.columns))}
-    for names in (*PAIRS, *((name,) for name in TEXTS)):
-        if all(name in by_name for name in names):
-            return tuple(by_name[name] for name in names)
+    usual = [
+        tuple(by_name[name] for name in names)
+        for names in (*PAIRS, *((name,) for name in TEXTS))
+        if all(name in by_name for name in names)
+    ]
+    if usual:
+        fitting = [names for names in usual if trained is None or len(names) == len(trained)]
+        found = (fitting or usual)[0]
+        require_as_many(table.source, found, trained, option)
+        return found
     first = next(iter(table.columns))
     how = f"--set {option}=[{first}]" if option == "dataset.text" else f"{option} {first}"
     raise WrongInput(
         f"{table.source} has no text column of a usual name: its columns are "
         f"{', '.join(table.columns)}. Name one or two of them, such as {how}."
     )
+
+
+def require_as_many(
+    source: str, found: tuple[str, ...], trained: tuple[str, ...] | None, option: str
+) -> None:
+    """Raise `WrongInput` if a model that was trained on one text is to read two, or the other way round."""
+    if trained is not None and len(found) != len(trained):
+        wanted = "one text" if len(trained) == 1 else "two texts"
+        raise WrongInput(
+            f"The model was trained on {wanted} ({listed(trained)}), and would read {listed(found)} of "
+            f"{source}. Name {wanted.replace('text', 'column')} with {option}, or give another model."
+        )
 
 
 def _label_column(table: Table, given: str | None, text: tuple[str, ...], *, optional: bool = False) -> str:

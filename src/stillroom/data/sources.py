@@ -65,6 +65,11 @@ def settings_of(given: DatasetSettings | str) -> DatasetSettings:
     return DatasetSettings(name=given) if isinstance(given, str) else given
 
 
+def has_own_columns(settings: DatasetSettings) -> bool:
+    """Return whether the data is GLUE or built in, and says itself which columns hold its texts."""
+    return settings.name.startswith(("glue/", "builtin/"))
+
+
 def load(settings: DatasetSettings, splits: Sequence[str] = ("train", "validation")) -> Dataset:
     """Return a data set with the splits that are asked for; no other is kept.
 
@@ -128,7 +133,7 @@ def drawn_rows(total: int, wanted: int | None) -> np.ndarray | None:
 
 
 def _load(settings: DatasetSettings, splits: Sequence[str]) -> Dataset:
-    if settings.name.startswith(("glue/", "builtin/")):
+    if has_own_columns(settings):
         _require_no_reading(settings)
         return (_builtin if settings.name in builtin.TASKS else _glue)(settings, splits)
     path = Path(settings.name).expanduser()

@@ -17,6 +17,7 @@ from stillroom import durable, encoder
 from stillroom.data import sources
 from stillroom.data.tasks import Dataset, Rows
 from stillroom.data.tokens import tokenise
+from stillroom.data.trained import text_of
 from stillroom.deploy import forms, gate, graph, quantise
 from stillroom.deploy.predictor import (
     OnnxSession,
@@ -266,6 +267,7 @@ class _Work:
             "inputs": list(input_names(self.encoder.tokenizer)),
             "max_length": self.max_length,
             "pad_id": int(self.encoder.tokenizer.pad_token_id),
+            "text": self._text(),
             "fixed_lengths": list(self.fixed_lengths),
             "dataset": self._data(),
             "max_drop": self.max_drop,
@@ -276,6 +278,11 @@ class _Work:
             "fastest": min(entries, key=lambda name: float(entries[name]["ms_per_row"])),
             "environment": environment(bf16=False) | _versions(names),
         }
+
+    def _text(self) -> list[str] | None:
+        """Return the text columns that the model was trained on, else those that it is scored on."""
+        found = text_of(self.name) or (self.split.task.text if self.split else None)
+        return None if found is None else list(found)
 
     def _data(self) -> dict[str, Any] | None:
         if self.settings is None or self.split is None:

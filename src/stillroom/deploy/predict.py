@@ -29,6 +29,8 @@ PREDICTED = "predicted"
 PROBABILITY = "probability_"
 """What is put before a label's name to name the column of its probability."""
 
+_PAIRS = "Warning: nothing says whether {model} was trained on pairs; {names} are read as pairs (--text)."
+
 
 def predict(
     model: str | Path,
@@ -57,12 +59,14 @@ def predict(
         form: One of the export's. Default: the fastest.
         threads: How many the model computes with. Default: the library's own choice.
         batch_size: Most texts that are computed at once.
-        text: One text column, or two for pairs. Default: those of a usual name.
+        text: One text column, or two for pairs. Default: those that the model was trained on, where the
+            file has them, else those of a usual name.
         input_format: txt, csv, tsv, jsonl or parquet. Default: what the name says; for a stream, txt.
-        console: For progress.
+        console: For progress and warnings.
 
     Returns:
-        `model`, `form`, `output`, `rows`, `cut` (texts), `seconds` and `rows_per_second`.
+        `model`, `form`, `output`, `text` (the columns that were read), `rows`, `cut` (texts), `seconds` and
+        `rows_per_second`.
 
     Raises:
         WrongInput: If the model, a row or a column is not what was expected. No output is written.
@@ -86,7 +90,11 @@ def predict(
             task = bar.add_task("Predicting", total=1.0 if stream.done is not None else None, rows=0)
             for table in stream.tables():
                 if not names:
-                    names = columns.text_columns(table, tuple(text) if text else None, option="--text")
+                    names = columns.text_columns(
+                        table, tuple(text) if text else None, option="--text", trained=predictor.text
+                    )
+                    if len(names) == 2 and not text and predictor.text is None and console is not None:
+                        console.print(_PAIRS.format(model=model, names=" and ".join(names)), style="yellow")
                 _require_columns(table, names)
                 given = [columns.texts_of(table, name, option="--text") for name in names]
                 texts = given[0] if len(given) == 1 else list(zip(*given, strict=True))
@@ -101,6 +109,7 @@ def predict(
         "model": str(model),
         "form": predictor.form,
         "output": str(output) if isinstance(output, Path) else None,
+        "text": list(names),
         "rows": rows,
         "cut": cut,
         "max_length": predictor.max_length,

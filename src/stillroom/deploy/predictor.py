@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from tokenizers import Tokenizer
 
+from stillroom.data.trained import text_of
 from stillroom.deploy import forms
 from stillroom.errors import WrongInput
 
@@ -187,6 +188,7 @@ class Predictor:
         max_length: Tokens to which texts are cut.
         inputs: Names of the arrays that the session takes.
         pad_id: The id of padding.
+        text: The text columns that it was trained on; None where that is not known.
         session: Runs one padded batch.
     """
 
@@ -201,6 +203,7 @@ class Predictor:
         kind: str | None,
         max_length: int,
         pad_id: int,
+        text: tuple[str, ...] | None = None,
     ):
         self.session = session
         self.form = form
@@ -210,6 +213,7 @@ class Predictor:
         self._tokenizer = tokenizer
         self.inputs = tuple(inputs)
         self.pad_id = pad_id
+        self.text = text
 
     @classmethod
     def load(cls, model: str | Path, form: str | None = None, *, threads: int | None = None) -> Self:
@@ -248,6 +252,8 @@ class Predictor:
             kind=manifest["kind"],
             max_length=manifest["max_length"],
             pad_id=manifest["pad_id"],
+            # Nor do they name columns.
+            text=tuple(manifest.get("text") or ()) or text_of(folder),
         )
 
     @classmethod
@@ -269,6 +275,7 @@ class Predictor:
             kind=encoder.kind_of(loaded.config),
             max_length=most,
             pad_id=loaded.tokenizer.pad_token_id,
+            text=text_of(model),
         )
 
     def logits(self, texts: Texts, *, batch_size: int = 32) -> np.ndarray:

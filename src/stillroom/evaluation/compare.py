@@ -13,8 +13,10 @@ from sklearn.metrics import confusion_matrix
 
 from stillroom import encoder
 from stillroom.data import sources
+from stillroom.data.columns import require_as_many
 from stillroom.data.tasks import Rows, Task, plain
 from stillroom.data.tokens import TokenisedRows, tokenise
+from stillroom.data.trained import listed, text_of
 from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
@@ -52,9 +54,9 @@ def evaluate(
         console: Where progress goes; standard error by default.
 
     Returns:
-        `dataset`, `split`, `rows`, `metric` (the one that counts) and `models`: for each its
-        `metrics`, `parameters`, `non_embedding_parameters`, `bytes`, `ms_per_example` at batch 1,
-        for classes the `confusion` counts (row: label, column: prediction), and from the second
+        `dataset`, `split`, `rows`, `text` (its columns), `metric` (the one that counts) and `models`:
+        for each its `metrics`, `parameters`, `non_embedding_parameters`, `bytes`, `ms_per_example` at
+        batch 1, for classes the `confusion` counts (row: label, column: prediction), and from the second
         model on `against_first`: per metric the difference with its 95 % interval from a paired
         bootstrap, and for classes McNemar's exact test. With `labels`, what each `counts_as`; with
         `robust`, `robustness`: the first metric by perturbation and model.
@@ -75,6 +77,7 @@ def evaluate(
     bf16 = use_bf16(precision)
     data = sources.load(settings, splits=(split,))
     rows, task = data.split(split), data.task
+    _require_same_text(names, settings, task, console)
     loaded: list[tuple[Encoder, TokenisedRows]] = []
     maps: list[LabelMap | None] = []
     for name in names:
@@ -110,6 +113,7 @@ def evaluate(
         "dataset": settings.name,
         "split": split,
         "rows": len(rows),
+        "text": list(task.text),
         "labels": list(task.labels),
         "metric": task.metrics[0],
         "models": entries,
@@ -130,6 +134,28 @@ def evaluate(
         }
         found["robustness"] = measure(task, rows, kept, says)
     return found
+
+
+def _require_same_text(
+    names: Sequence[str], settings: DatasetSettings, task: Task, console: Console
+) -> None:
+    """Raise `WrongInput` if a model of one text would read two, or the other way round.
+
+    Other columns than it was trained on are a warning, where neither the user nor the data named them.
+    """
+    for name in names:
+        trained = text_of(name)
+        require_as_many(settings.name, task.text, trained, "--set dataset.text")
+        if trained in (None, task.text) or settings.text is not None or sources.has_own_columns(settings):
+            continue
+        console.print(
+            f"Warning: {name} was trained on {listed(trained)}, and {listed(task.text)} is read here. "
+            f"Name columns with --set dataset.text=[{','.join(trained)}].",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def label_map(name: str, labels: Mapping[str, str], task: Task, model: Encoder) -> LabelMap:

@@ -121,6 +121,7 @@ def _measure(
     goal = taught["metrics"][first] if taught else None
     metrics["kept"] = metrics["student"]["metrics"][first] / goal if goal else None
     metrics["metric"] = first
+    metrics["text"] = list(task.text)
     metrics["selected_step"] = trained.best_step or trained.steps
     encoders = {name: model for name, (model, _, _) in models.items()}
     metrics["robustness"] = _robustness(recipe, parts, encoders, logits, console)

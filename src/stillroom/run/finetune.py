@@ -92,6 +92,7 @@ def finetune(
             found = evaluator(dataset, tokens["validation"], bf16)(model)
             metrics = {
                 "model": {"metrics": found, **cost.of(model, folder, ms[0])},
+                "text": list(dataset.task.text),
                 "train": training_figures(trained),
                 "environment": environment(bf16=bf16),
             }
