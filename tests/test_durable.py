@@ -204,6 +204,9 @@ def test_a_rename_that_fails_leaves_the_old_folder(
         (lambda f: (f / "sums.json").write_text('{"a": "1'), "JSONDecodeError"),
         (lambda f: (f / "sums.json").write_text("3"), "AttributeError"),
         (lambda f: (f / "sums.json").write_bytes(b"\xff\xfe"), "UnicodeDecodeError"),
+        (lambda f: (f / "sums.json").write_text("{}"), "sums.json does not list a, b"),
+        (lambda f: (f / "sums.json").write_text('{"a": 1, "b": 2}'), "TypeError"),
+        (lambda f: (f / "c").write_text("3"), "sums.json does not list c"),
     ],
 )
 def test_damage_is_found_and_named(tmp_path: Path, spoil: Any, reason: str) -> None:
@@ -247,6 +250,8 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path, monkeypatch: pyt
     [
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
+        OSError(errno.EFBIG, "File too large"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )

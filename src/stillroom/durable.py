@@ -25,7 +25,7 @@ LOCK = ".lock"
 
 _ASIDE = ".aside-"
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _NOT_HERE = (
     errno.EACCES,
@@ -49,7 +49,7 @@ def explain_writing(path: Path) -> Iterator[None]:
     """Say what is wrong where `path` cannot be written, and what to do.
 
     Raises:
-        RunFailed: If there is no space left, or the quota is used up.
+        RunFailed: If there is no space left, or the quota or a limit of the file's size is used up.
         WrongInput: If nothing may be written there, or something is in the way.
     """
     try:
@@ -161,11 +161,15 @@ def damage(folder: Path) -> str | None:
     """Return what is wrong with a folder that `new_folder` wrote, or None if it is sound."""
     try:
         sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        unlisted = sorted(there - sums.keys() - {SUMS})
+        if not sums or unlisted:
+            return f"{SUMS} does not list {', '.join(unlisted[:3]) or 'any file'}"
         for name, expected in sums.items():
             found = sha256_of_file(folder / name)
             if found != expected:
                 return f"{name} has SHA-256 {found[:12]}..., {SUMS} says {expected[:12]}..."
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

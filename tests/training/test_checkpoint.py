@@ -150,6 +150,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no sums": lambda c: (c / "sums.json").unlink(),
     "half the sums": lambda c: os.truncate(c / "sums.json", 70),
     "sums of another kind": lambda c: (c / "sums.json").write_text("[]"),
+    "sums of nothing": lambda c: (c / "sums.json").write_text("{}"),
 }
 
 
@@ -180,6 +181,17 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(tmp_path: Path
     path = checkpoint.save(tmp_path / "c", distiller, optimizer, Progress(3), None, keep=1)
     assert checkpoint.newest_sound(tmp_path / "c", QUIET) == path
     assert names(tmp_path / "c") == ["step-00000003"]
+
+
+def test_what_is_no_checkpoint_is_neither_read_nor_removed(tmp_path: Path) -> None:
+    """It stood in the way at the end of a run that was resumed."""
+    distiller, optimizer = save_steps(tmp_path, 1, 2)
+    (tmp_path / "c" / "step-x").write_text("mine")
+    (tmp_path / "c" / "step-00000abc").mkdir()
+    (tmp_path / "c" / "step-00000009").write_text("mine")
+    assert checkpoint.newest_sound(tmp_path / "c", QUIET) == tmp_path / "c" / "step-00000002"
+    checkpoint.save(tmp_path / "c", distiller, optimizer, Progress(3), None, keep=1)
+    assert names(tmp_path / "c") == ["step-00000003", "step-00000009", "step-00000abc", "step-x"]
 
 
 def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ GENERATOR = "generator.safetensors"
 """Name of a checkpoint's file with the generator's weights, where the run trains one."""
 
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
 _GENERATOR_OPTIMIZER = "generator_optimizer.safetensors"
 Weights = dict[str, Tensor]
 Parameters = dict[str, nn.Parameter]
@@ -85,7 +87,7 @@ def save(
             "numpy_gauss": [legacy["has_gauss"], legacy["gauss"]],
         }
         (aside / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-    paths = _newest_first(folder)
+    paths = newest_first(folder)
     kept = paths[paths.index(target) :][:keep]
     for path in paths:
         if path not in kept:
@@ -98,7 +100,7 @@ def newest_sound(folder: Path, console: Console) -> Path | None:
     if not folder.is_dir():
         return None
     durable.remove_leftovers(folder)
-    for path in _newest_first(folder):
+    for path in newest_first(folder):
         wrong = durable.damage(path)
         if wrong is None:
             return path
@@ -131,6 +133,14 @@ def restore(
     return Progress(**state["progress"]), load_file(best) if best.exists() else None
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder; what else lies there is not ours to read or remove."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
 def step_of(path: Path) -> int:
     """Return how many steps a checkpoint was written after."""
     return int(path.name.removeprefix(_PREFIX))
@@ -147,10 +157,6 @@ def load_generator(generator: Generator, path: Path) -> None:
 def student_weights(distiller: Distiller) -> Weights:
     """Return a copy of the student's weights on the CPU."""
     return {name: value.clone() for name, value in _cpu(distiller.student.model.state_dict()).items()}
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
 
 
 def _cpu(weights: dict[str, Any]) -> Weights:

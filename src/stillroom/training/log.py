@@ -53,8 +53,8 @@ class Log:
             numbers = {name: next(found) for name in values}
             wrong = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
             if wrong:
-                saved = sorted(self._checkpoints.glob("step-*"))
-                good = f"The last good checkpoint is {saved[-1]}." if saved else "None was saved yet."
+                saved = checkpoint.newest_first(self._checkpoints)
+                good = f"The last good checkpoint is {saved[0]}." if saved else "None was saved yet."
                 error = RunFailed(
                     f"Training stopped at step {step} (stage {stage}): {', '.join(wrong)}, expected "
                     f"finite numbers. {good} Lower training.learning_rate or set "
