@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from stillroom import durable
-from stillroom.encoder import Encoder, load, loading, locate, weights_hash
+from stillroom.encoder import Encoder, load, load_body, loading, locate, weights_hash
 from stillroom.errors import WrongInput
 from tiny import FAMILIES, inputs_for, logits_of, make_encoder, make_task, save_encoder
 
@@ -141,11 +141,43 @@ def test_a_damaged_model_is_refused_by_name(tmp_path: Path, how: str) -> None:
     folder = save_encoder(tmp_path / "the-model")
     load(str(folder))
     damage, match = DAMAGES[how]
+    # Folders that others wrote have no sums.
+    (folder / "sums.json").unlink()
     damage(folder)
     with pytest.raises(WrongInput, match=f"(?s){match}") as caught:
         load(str(folder))
     assert str(folder) in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("load_it", [load, load_body])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_one_bit_that_is_not_as_it_was_written_is_refused(
+    tmp_path: Path, name: str, load_it: Callable[[str], Encoder]
+) -> None:
+    """The file loads all the same, and the model says something else."""
+    folder = save_encoder(tmp_path / "the-model")
+    edit_config(folder, id2label={"0": "no", "1": "yes"})
+    assert load_it(str(folder)).labels == ("no", "yes")
+    flip(folder / name)
+    with pytest.raises(WrongInput, match=f"{name} is damaged, or another.*remove .*sums.json"):
+        load_it(str(folder))
+
+
+def test_sums_are_made_once_for_a_file_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_encoder(tmp_path / "the-model")
+    summed = []
+    real = durable.sha256_of_file
+    monkeypatch.setattr(durable, "sha256_of_file", lambda path: (summed.append(path.name), real(path))[1])
+    for _ in range(3):
+        load(str(folder))
+    assert sorted(summed) == ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
 class _Trap:

@@ -1,6 +1,7 @@
 """Where checkpoints lie, and how they are loaded and checked: safetensors only, no remote code."""
 
 import copy
+import functools
 import importlib.util
 import json
 import re
@@ -145,6 +146,7 @@ def fresh(config: Any, like: Encoder) -> Encoder:
 def _load(name: str, head: Head, task: Task | None = None) -> tuple[Encoder, Mapping[str, Any]]:
     """Return what is at a place, its head described by `task`, and what its weights lacked."""
     place = locate(name)
+    _require_sound(Path(place))
     options: dict[str, Any] = {"trust_remote_code": False}
     auto, what = _AUTO[head]
     with _explain(name, what), quiet():
@@ -164,6 +166,33 @@ def _load(name: str, head: Head, task: Task | None = None) -> tuple[Encoder, Map
         )
     require_fast(tokenizer, name)
     return Encoder(model.eval(), tokenizer, head), report
+
+
+def _require_sound(folder: Path) -> None:
+    """Raise `WrongInput` if weights or tokenizer are not those that Stillroom wrote into this folder.
+
+    Where it wrote none there is nothing to compare. config.json is the user's to edit.
+    """
+    seal = folder / durable.SUMS
+    sums = durable.read_json(seal) if seal.is_file() else {}
+    for name, expected in sums.items():
+        if not (name.endswith(".safetensors") or name.startswith("tokenizer")):
+            continue
+        path = folder / name
+        found = "nothing"
+        if path.is_file():
+            found = _sum_of(path.absolute(), path.stat().st_mtime_ns, path.stat().st_size)
+        if found != expected:
+            raise WrongInput(
+                f"{path} is damaged, or another than was written: expected SHA-256 {str(expected)[:12]}, "
+                f"found {found[:12]}. Copy the model again; if you changed it yourself, remove {seal}."
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _sum_of(path: Path, changed: int, size: int) -> str:
+    """Return a file's SHA-256, computed once in a process while its time and size stay."""
+    return durable.sha256_of_file(path)
 
 
 def require_fast(tokenizer: Any, name: str) -> None:
