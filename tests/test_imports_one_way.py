@@ -11,7 +11,7 @@ SOURCE = Path(stillroom.__file__).parent
 
 ORDER = (
     "errors durable processes recipe data ops encoder start student teacher generator methods "
-    "training evaluation provenance deploy report preflight run cli"
+    "training evaluation provenance deploy report preflight run cli __main__"
 ).split()
 """`stillroom/<name>.py` or `stillroom/<name>/`, from the first to the last."""
 

@@ -44,6 +44,11 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_full(error: OSError) -> bool:
+    """Return whether there was no space left for what was written, or a limit was reached."""
+    return error.errno in _FULL
+
+
 @contextlib.contextmanager
 def explain_writing(path: Path) -> Iterator[None]:
     """Say what is wrong where `path` cannot be written, and what to do.

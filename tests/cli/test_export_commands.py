@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 from workspace import Workspace
 
-from stillroom.cli import app
+from stillroom.cli import app, frame
 from stillroom.deploy import latency
 
 
@@ -42,6 +42,23 @@ def test_a_run_is_exported_into_its_folder_and_measured(
     assert [model["form"] for model in found["models"]] == ["onnx", "onnx-int8"]
     again = run("export", folder, code=2)
     assert "new or empty" in again.stderr
+
+
+def test_options_change_the_data_of_the_run(workspace: Workspace, tmp_path: Path) -> None:
+    """They asked for the name of the data, which the run's recipe says."""
+    folder = tmp_path / "run"
+    shutil.copytree(workspace.teacher, folder / "student")
+    shutil.copy(workspace.teacher / "recipe.yaml", folder)
+    changed = frame.dataset_settings(None, None, ["dataset.max_length=16"], run=folder)
+    assert (changed.name, changed.max_length) == (str(workspace.data), 16)
+    named = frame.dataset_settings("builtin/verdicts", None, ["dataset.max_length=16"], run=folder)
+    assert (named.name, named.max_length) == ("builtin/verdicts", 16)
+    assert frame.dataset_settings(None, None, None, run=folder) is None
+    run("export", folder, "--format", "onnx", "--set", "dataset.max_length=16")
+    manifest = json.loads((folder / "deploy" / "manifest.json").read_text())
+    assert manifest["max_length"] == 16 and manifest["text"] == ["text"]
+    other = run("export", workspace.encoder, "-o", tmp_path / "o", "--set", "dataset.max_length=16", code=2)
+    assert "dataset.name" in other.stderr
 
 
 def test_wrong_input_ends_with_code_2(workspace: Workspace, tmp_path: Path) -> None:

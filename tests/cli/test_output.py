@@ -155,3 +155,27 @@ def test_overrides_keep_paths_as_text() -> None:
         "training.seed=3",
         "training.seed=1",
     ]
+
+
+# Standard streams, of a process of its own
+
+
+def stillroom(shell: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell's line in which `stillroom` is the command line."""
+    command = f'stillroom() {{ "{sys.executable}" -m stillroom "$@"; }}; {shell}'
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("command", ["methods --json", "methods", "--version", "--help"])
+def test_a_result_that_cannot_be_written_is_one_line(command: str) -> None:
+    done = stillroom(f"stillroom {command} > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "Error: Standard output cannot be written (No space left on device).\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_stand_in_the_way(closed: str) -> None:
+    done = stillroom(f"stillroom methods --json {closed}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", ""))

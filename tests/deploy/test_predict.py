@@ -345,3 +345,14 @@ def test_the_command_writes_a_file_and_tells_of_it(exported: Exported, tmp_path:
     assert result.exit_code == 2 and "Did you mean onnx" in result.stderr
     result = CliRunner().invoke(app, [*command[:3], "--json"])
     assert result.exit_code == 2 and "give -o" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs Linux's /dev/full")
+def test_a_full_standard_output_is_no_traceback(exported: Exported, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("a good film\n")
+    command = [sys.executable, "-m", "stillroom", "predict", str(exported.folder), str(tmp_path / "in.txt")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    why = "Error: Standard output could not be written (No space left on device) before"
+    assert done.stderr.strip() == f"{why} all rows were written."

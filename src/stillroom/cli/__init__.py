@@ -87,4 +87,5 @@ def _stillroom(
 
 def main() -> None:
     """Run the command line; the entry point `stillroom`."""
-    app(prog_name="stillroom")
+    with frame.standard_streams():
+        app(prog_name="stillroom")

@@ -81,7 +81,7 @@ def export(
             model,
             output,
             formats=formats,
-            dataset=frame.dataset_settings(dataset, data_dir, given),
+            dataset=frame.dataset_settings(dataset, data_dir, given, run=model),
             max_drop=max_drop,
             vocabulary=vocabulary,
             text=text or (),

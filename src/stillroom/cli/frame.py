@@ -109,16 +109,25 @@ def overrides(
     return [*short, *([] if seed is None else [f"training.seed={seed}"]), *(given or ())]
 
 
-def dataset_settings(name: str | None, data_dir: Path | None, given: Sequence[str] | None) -> Any:
+def dataset_settings(
+    name: str | None, data_dir: Path | None, given: Sequence[str] | None, *, run: str | Path | None = None
+) -> Any:
     """Return the `DatasetSettings` that `--dataset`, `--data-dir` and `--set` name, None without any.
+
+    Without `--dataset` they change those of the `run`, where its folder has a recipe.
 
     Raises:
         WrongInput: If another key than one of `dataset` is set, or options stand without a data set.
     """
-    from stillroom.recipe import DatasetSettings, set_value, validate
+    from stillroom.recipe import DatasetSettings, read_yaml, set_value, validate
 
+    changes = overrides(given, data_dir=data_dir)
     values: dict[str, Any] = {"dataset": {} if name is None else {"name": name}}
-    for change in overrides(given, data_dir=data_dir):
+    recipe = None if run is None else Path(run) / "recipe.yaml"
+    if name is None and changes and recipe is not None and recipe.is_file():
+        own = read_yaml(recipe).get("dataset") or {}
+        values["dataset"] = {"name": own} if isinstance(own, str) else dict(own)
+    for change in changes:
         set_value(values, change)
     own = values.pop("dataset")
     if values:
@@ -204,6 +213,29 @@ def execute(
     if as_json:
         typer.echo(text)
     return result
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Open the standard streams that are closed, and end in one line where the result cannot be written."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # It gets the lowest number that is free, which is the closed one's.
+            opened = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(opened, "w" if number else "r"))
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if os.environ.get(DEBUG, "") not in ("", "0"):
+            traceback.print_exc()
+        # What is still in the buffer goes nowhere, without a second error at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with contextlib.suppress(OSError):
+            print(f"Error: Standard output cannot be written ({error.strerror or error}).", file=sys.stderr)
+        sys.exit(1)
 
 
 def _talks() -> bool:

@@ -70,6 +70,7 @@ def predict(
     """
 
     def work(console: Console) -> dict[str, Any]:
+        from stillroom import durable
         from stillroom.deploy.predict import predict
 
         if as_json and output is None:
@@ -88,10 +89,14 @@ def predict(
                 input_format=input_format,
                 console=console,
             )
-        except BrokenPipeError:
+        except OSError as error:
+            closed = isinstance(error, BrokenPipeError)
+            if output is not None or not (closed or durable.is_full(error)):
+                raise
             # What is still in the buffer goes nowhere, without a second error at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), rows.fileno())
-            raise RunFailed("Standard output was closed before all rows were written.") from None
+            how = "was closed" if closed else f"could not be written ({error.strerror})"
+            raise RunFailed(f"Standard output {how} before all rows were written.") from None
 
     # Standard output is turned away from what the work prints; the rows still go there.
     with os.fdopen(os.dup(1), "wb") as rows:

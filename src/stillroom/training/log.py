@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stillroom import durable, processes
 from stillroom.errors import RunFailed
+from stillroom.training import checkpoint
 from stillroom.training.checkpoint import Progress
 from stillroom.training.distiller import Loss
 
