@@ -648,6 +648,35 @@ def test_a_later_stage_that_cannot_work_is_refused(tmp_path: Path) -> None:
     assert "In stage 3, before any training, broken = " in problem(replace(run, plan=plan))
 
 
+class Unable(nn.Module):
+    """A head that cannot compute."""
+
+    def __init__(self, error: Exception):
+        super().__init__()
+        self.error = error
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_that_cannot_compute_is_named(who: str, bf16: bool, tmp_path: Path) -> None:
+    """What torch says of it, as of DeBERTa in bf16, does not say which model, or what to do."""
+    text = "value cannot be converted to type c10::BFloat16 without overflow"
+    model = make_teacher() if who == "teacher" else make_encoder()
+    inner: Any = model.model
+    inner.classifier = Unable(RuntimeError(text))
+    run = replace(make_run(tmp_path), bf16=bf16)
+    found = problem(replace(run, **{who: model}))
+    assert found.startswith(
+        f"The {who}, a BertForSequenceClassification, cannot compute: RuntimeError: {text}"
+    )
+    assert ("training.precision=float32" in found) == bf16
+    inner.classifier = Unable(ValueError("no language"))
+    assert problem(replace(run, **{who: model})).endswith("no language. Give a model of another family.")
+
+
 # Does the teacher solve the task
 
 

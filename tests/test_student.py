@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from stillroom import encoder, student
 from stillroom.encoder import Encoder, Needs, weights_hash
@@ -225,3 +226,9 @@ def test_a_student_beyond_the_machines_memory_is_refused_before_it_is_made(
     monkeypatch.setattr(encoder, "fresh", lambda config, like: pytest.fail("made"))
     with pytest.raises(WrongInput, match="million parameters: .* GB, and this machine has 24 GB"):
         student.build(size, make_encoder(layers=4, width=24), make_task(), seed=0)
+
+
+def test_a_family_that_has_no_number_of_layers_to_set_is_refused() -> None:
+    config = AutoConfig.for_model("funnel")
+    with pytest.raises(WrongInput, match="family funnel cannot be made with another number of layers"):
+        student._set_depth(config, [0, 1])

@@ -309,7 +309,13 @@ def _copy_layers(layers: tuple[int, ...], teacher: Encoder, task: Task | None) -
 def _set_depth(config: Any, kept: list[int]) -> None:
     """Set the number of blocks; `kept` are the teacher's blocks (from 0) that they stand for."""
     old = config.num_hidden_layers
-    config.num_hidden_layers = len(kept)
+    try:
+        config.num_hidden_layers = len(kept)
+    except NotImplementedError as error:
+        raise WrongInput(
+            f"A model of the family {config.model_type} cannot be made with another number of layers: "
+            f"{error} Give the student as a checkpoint."
+        ) from error
     types = getattr(config, "layer_types", None)
     if types is not None:
         config.layer_types = [types[block % old] for block in kept]

@@ -1,11 +1,13 @@
 """What the checks are given, and where they report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from stillroom.data.batching import Batch
@@ -94,6 +96,24 @@ class Report:
             lines = [f"{i}. {text}" for i, text in enumerate(self.errors, start=1)]
             raise WrongInput(f"{len(lines)} problems before the first step:\n" + "\n".join(lines))
         return {**self.found, "warnings": self.warnings}
+
+
+@contextmanager
+def named(who: str, model: Encoder, *, bf16: bool = False) -> Iterator[None]:
+    """Turn what a model raises that cannot compute into `WrongInput` that names its class."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).strip() or "no reason").splitlines()[0]
+        # What else is wrong with a model, float32 does not mend.
+        narrow = bf16 and "bfloat16" in reason.lower()
+        remedy = "Try --set training.precision=float32, or give" if narrow else "Give"
+        raise WrongInput(
+            f"The {who}, a {type(model.model).__name__}, cannot compute: {type(error).__name__}: "
+            f"{reason.rstrip('.')}. {remedy} a model of another family."
+        ) from error
 
 
 Check = Callable[[Run, Report], None]

@@ -16,7 +16,7 @@ from stillroom.encoder import Encoder, Needs, Outputs, kind_of
 from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.generator import REMEDY
-from stillroom.preflight.base import SPLITS, Report, Run, listed, shortened
+from stillroom.preflight.base import SPLITS, Report, Run, listed, named, shortened
 from stillroom.recipe import setting
 from stillroom.teacher import Teacher
 from stillroom.teacher.given import GivenTeacher
@@ -92,8 +92,7 @@ def vocabulary(run: Run, report: Report) -> None:
     """Every token id is in the model's vocabulary."""
     for who, model in run.models():
         splits = run.tokens.teacher if who == "teacher" else run.tokens.student
-        inner: Any = model.model
-        size = inner.get_input_embeddings().num_embeddings
+        size = len(model.words)
         largest = max(_largest(splits[name].ids, splits[name].pad_id) for name in SPLITS)
         if largest >= size:
             report.error(
@@ -321,6 +320,11 @@ def trial(run: Run, report: Report) -> None:
             taught = GivenTeacher(logits_of(rows.soft_labels, run.dataset.task.kind), teacher)
         if run.generator is not None and teacher is not None:
             augmenter = Augmenter(plan, run.generator, teacher, distiller, seed=0, bf16=run.bf16)
+        for who, model in run.models():
+            inputs = batch.teacher if who == "teacher" else batch.student
+            with named(who, model, bf16=run.bf16), torch.no_grad():
+                with torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
+                    model(inputs, Needs(logits=True))
         for number, stage in enumerate(run.plan.stages, start=1):
             outputs = taught(batch, plan.teacher_needs(stage)) if taught else Outputs(torch.empty(0))
             augmented = augmenter and augmenter.augment(batch, augmenter.draw(made, 0), stage)

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from stillroom.data.tasks import Task
 from stillroom.evaluation.metrics import predictions, score
 from stillroom.evaluation.predict import predict
-from stillroom.preflight.base import Report, Run, listed
+from stillroom.preflight.base import Report, Run, listed, named
 from stillroom.preflight.models import reorder
 
 SAMPLE = 512
@@ -54,7 +54,8 @@ def solves_the_task(run: Run, report: Report) -> None:
         logits = run.teacher_logits[index]
     else:
         sample = replace(tokens, offsets=tokens.offsets[index], lengths=tokens.lengths[index])
-        logits = predict(run.teacher.to(Accelerator().device), sample, bf16=run.bf16)
+        with named("teacher", run.teacher, bf16=run.bf16):
+            logits = predict(run.teacher.to(Accelerator().device), sample, bf16=run.bf16)
     complain = report.error if run.learns_from_teacher() else report.warn
     wrong = np.flatnonzero(~np.isfinite(logits).all(1))
     if len(wrong):
