@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from exports import QUIET, Exported
 from stillroom import WrongInput, encoder
 from stillroom.cli import app
-from stillroom.data import streams
+from stillroom.data import streams, tables
 from stillroom.deploy.answers import answer
 from stillroom.deploy.predict import predict
 from stillroom.deploy.predictor import Predictor
@@ -321,6 +321,20 @@ def test_standard_input_to_standard_output(exported: Exported) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "standard input, row 1" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+@pytest.mark.parametrize("form", ["csv", "tsv"])
+def test_lines_end_as_they_do_for_training(tmp_path: Path, form: str, end: str) -> None:
+    """Old spreadsheets end lines in a carriage return alone."""
+    quoted = f'"a{end}b"' if form == "csv" else "a b"
+    path = tmp_path / f"in.{form}"
+    path.write_bytes(end.join(["text", "good", quoted, "bad", ""]).encode())
+    table = tables.read(path)
+    with path.open("rb") as stream:
+        (piece,) = streams.Stream(stream, str(path), form).tables()
+    assert list(piece.columns["text"]) == list(table.columns["text"])
+    assert piece.rows == 3 and piece.lines == table.lines
 
 
 def test_a_reader_that_leaves_is_no_traceback(exported: Exported, tmp_path: Path) -> None:

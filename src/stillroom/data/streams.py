@@ -4,6 +4,7 @@ The same formats, checks and messages as `tables`, but a row at a time.
 """
 
 import csv
+import io
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -166,7 +167,7 @@ def _tsv(stream: Stream) -> Iterator[Row]:
 def _delimited(stream: Stream, delimiter: str, **dialect: Any) -> Iterator[Row]:
     # Where a quote never closes, the limit ends what would read all the rest.
     csv.field_size_limit(_LINE)
-    lines = (line for _, line in stream.lines())
+    lines = _csv_lines(stream)
     first = next(lines, "")
     given = tables.separator(first)
     reader = csv.reader(
@@ -187,6 +188,15 @@ def _delimited(stream: Stream, delimiter: str, **dialect: Any) -> Iterator[Row]:
                 yield line, dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise tables.wrong_quotes(f"{stream.source}, row {count + 1} (line {start})", error) from None
+
+
+def _csv_lines(stream: Stream) -> Iterator[str]:
+    """Yield lines that end at a carriage return as well, as old spreadsheets write them.
+
+    Where a quoted text has one, `csv` puts the parts together again.
+    """
+    for _, line in stream.lines():
+        yield from io.StringIO(line, newline="") if "\r" in line else (line,)
 
 
 def _jsonl(stream: Stream) -> Iterator[Row]:
