@@ -5,6 +5,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_rows_of_data_are_cut_to_its_length(
     def ready(model: str, form: str | None, threads: int, max_length: int | None) -> Iterator[Any]:
         asked.append(max_length)
         made: Any = FakeWorker(model, 0.1, [])
-        made.loaded = {"form": "onnx", "precision": "float32"}
+        made.loaded = {"form": "onnx", "precision": "float32", "max_length": 512}
         made.ask = lambda request: {"peak_bytes": 1, "seconds": [0.1]}
         yield made
 
@@ -128,6 +129,29 @@ def test_wrong_input_is_named(exported: Exported, tmp_path: Path) -> None:
         bench([], console=QUIET)
     with pytest.raises(WrongInput, match="found none at"):
         bench([tmp_path / "nothing"], console=QUIET)
+
+
+def loaded(*most: int) -> Any:
+    return [SimpleNamespace(loaded={"max_length": length}) for length in most]
+
+
+def test_lengths_are_those_that_every_model_reads() -> None:
+    sides = [("long", None), ("short", None)]
+    assert latency._lengths(None, sides, loaded(512, 512)) == [16, 32, 128]
+    assert latency._lengths(None, sides, loaded(512, 66)) == [16, 32, 66]
+    assert latency._lengths(None, sides, loaded(16, 16)) == [16]
+    assert latency._lengths([66, 8], sides, loaded(512, 66)) == [66, 8]
+    with pytest.raises(WrongInput, match="short reads at most 66 tokens, found a length of 67"):
+        latency._lengths([8, 67], sides, loaded(512, 66))
+
+
+def test_a_length_beyond_a_model_is_found_before_anything_is_measured(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default lengths failed after half a minute of measuring."""
+    monkeypatch.setattr(latency, "_cell", lambda *_: pytest.fail("it was measured"))
+    with pytest.raises(WrongInput, match="at most 66 tokens"):
+        bench([exported.folder], lengths=[8, 67], threads=[1], console=QUIET)
 
 
 def test_a_process_that_dies_is_said_and_none_is_left(exported: Exported) -> None:

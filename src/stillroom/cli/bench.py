@@ -29,7 +29,8 @@ def bench(
     length: Annotated[
         str | None,
         typer.Option(
-            metavar="N,N", help="Tokens in a row, drawn at random. Default: 16,32,128.", show_default=False
+            metavar="N,N",
+            help="Tokens in a row, drawn at random. Default: 16,32,128, or what the models read.",
         ),
     ] = None,
     dataset: frame.OptionalDataset = None,
@@ -56,7 +57,7 @@ def bench(
             models,
             threads=frame.numbers("--threads", threads),
             batches=frame.numbers("--batch", batch),
-            lengths=frame.numbers("--length", length or "16,32,128"),
+            lengths=None if length is None else frame.numbers("--length", length),
             dataset=data,
             console=console,
         )

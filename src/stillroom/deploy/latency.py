@@ -27,6 +27,9 @@ TURNS = 20
 REPEATS = 2
 """Timed runs in a turn, after one that does not count."""
 
+LENGTHS = (16, 32, 128)
+"""Tokens in a row, where no others are asked for."""
+
 SECONDS = 30.0
 """After so much timed computing in one cell a model has had its turns, at least `_LEAST`."""
 
@@ -38,7 +41,7 @@ def bench(
     *,
     threads: Sequence[int] = (1, 2),
     batches: Sequence[int] = (1, 8, 32),
-    lengths: Sequence[int] = (16, 32, 128),
+    lengths: Sequence[int] | None = None,
     dataset: DatasetSettings | str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +55,8 @@ def bench(
         models: Model folders, hub ids, run folders (their student) and exports (all their forms).
         threads: How many the model computes with.
         batches: Rows that are computed at once.
-        lengths: Tokens in each row, drawn at random, without padding.
+        lengths: Tokens in each row, drawn at random, without padding. Default: 16, 32 and 128, or what a
+            model reads where that is less.
         dataset: Rows of its validation split in place of `lengths`, cut to its `max_length` and padded to
             the longest of their batch.
         console: Where progress goes; standard error by default.
@@ -72,24 +76,24 @@ def bench(
         >>> found = bench(["runs/teacher", "runs/sst2/deploy"], threads=[2])  # doctest: +SKIP
     """
     console = console or Console(stderr=True)
-    _require_positive(threads=threads, batches=batches, lengths=lengths)
+    _require_positive(threads=threads, batches=batches, lengths=LENGTHS if lengths is None else lengths)
     sides = [side for model in models for side in _sides(str(model))]
     if not sides:
         raise WrongInput("Expected at least one model to measure, found none.")
     data = None if dataset is None else sources.settings_of(dataset)
     texts, most = (None, None) if data is None else (_texts(data), data.max_length)
-    cells: list[tuple[int, int | None]] = [
-        (batch, length) for batch in batches for length in (lengths if texts is None else [None])
-    ]
     entries: list[dict[str, Any]] = [{"model": model, "peak_bytes": {}} for model, _ in sides]
     times: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("Measuring", total=len(threads) * len(cells) * TURNS)
+        task = progress.add_task("Measuring", total=None)
         for count in threads:
             with contextlib.ExitStack() as stack:
                 workers = [stack.enter_context(_worker(*side, count, most)) for side in sides]
                 for worker, entry in zip(workers, entries, strict=True):
                     entry |= {key: worker.loaded[key] for key in ("form", "precision")}
+                read = [None] if texts is not None else _lengths(lengths, sides, workers)
+                cells = [(batch, length) for batch in batches for length in read]
+                progress.update(task, total=len(threads) * len(cells) * TURNS)
                 for batch, length in cells:
                     request = _request(batch, length, texts)
                     measured = _cell(workers, request, lambda: progress.advance(task))
@@ -121,6 +125,22 @@ def _require_positive(**given: Sequence[int]) -> None:
     for name, values in given.items():
         if not values or min(values) < 1:
             raise WrongInput(f"Expected {name} of 1 or more, found {list(values)}.")
+
+
+def _lengths(
+    given: Sequence[int] | None, sides: Sequence[tuple[str, str | None]], workers: "Sequence[_Worker]"
+) -> list[int | None]:
+    """Return the lengths to measure: those given, which every model reads, or the usual ones, cut to it."""
+    most, model = min(
+        (worker.loaded["max_length"], side[0]) for worker, side in zip(workers, sides, strict=True)
+    )
+    if given is None:
+        return sorted({min(length, most) for length in LENGTHS})
+    if max(given) > most:
+        raise WrongInput(
+            f"{model} reads at most {most} tokens, found a length of {max(given)}. Give a shorter --length."
+        )
+    return list(given)
 
 
 def _sides(model: str) -> list[tuple[str, str | None]]:

@@ -2,7 +2,7 @@
 
 Reads one JSON object per line from standard input and answers each with one on standard output:
 
-- `{"load": {"model", "form", "threads", "max_length"}}` -> `{"form", "precision", "seconds"}`
+- `{"load": {"model", "form", "threads", "max_length"}}` -> `{"form", "precision", "max_length", "seconds"}`
 - `{"tokens": {"batch", "length"}}` or `{"texts": [batch, ...]}` -> `{"batches": how many}`
 - `{"time": {"batch": index, "repeats": n}}` -> `{"seconds": [...]}`, after one run that does not count
 - `{"memory": true}` -> `{"peak_bytes"}`
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from stillroom.deploy.predictor import Predictor
-from stillroom.errors import StillroomError, WrongInput
+from stillroom.errors import StillroomError
 
 
 class _Worker:
@@ -44,7 +44,13 @@ class _Worker:
                 self.predictor.cut_to(given["max_length"])
             int8 = "int8" in self.predictor.form
             precision = "int8" if int8 else self.predictor.session.precision
-            return {"form": self.predictor.form, "precision": precision, "seconds": seconds}
+            most = self.predictor.max_length
+            return {
+                "form": self.predictor.form,
+                "precision": precision,
+                "max_length": most,
+                "seconds": seconds,
+            }
         if name == "memory":
             return {"peak_bytes": _peak_bytes()}
         assert self.predictor is not None
@@ -68,11 +74,6 @@ class _Worker:
 
 def _random_batch(predictor: Predictor, batch: int, length: int) -> dict[str, np.ndarray]:
     """Return `batch` rows of `length` tokens without padding, drawn with a fixed seed."""
-    if length > predictor.max_length:
-        raise WrongInput(
-            f"The model reads at most {predictor.max_length} tokens, found a length of {length}. Give a "
-            "shorter --length."
-        )
     chance = np.random.Generator(np.random.Philox(key=0))
     names = predictor.inputs
     ids = chance.integers(predictor.pad_id + 1, predictor.vocabulary_size, (batch, length))
