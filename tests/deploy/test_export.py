@@ -265,7 +265,7 @@ def test_wrong_input_is_named(exported: Exported, tmp_path: Path, monkeypatch: p
     (tmp_path / "empty").mkdir()
     refused("cannot be loaded", tmp_path / "empty", tmp_path / "e", formats="onnx")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refused(r"pip install 'stillroom\[openvino\]'", formats="openvino")
+    refused(r"pip install -e '.\[openvino\]'", formats="openvino")
 
 
 def test_damaged_exports_are_refused(exported: Exported, tmp_path: Path) -> None:
