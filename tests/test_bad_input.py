@@ -109,6 +109,7 @@ def test_an_encoder_without_a_head(tmp_path: Path) -> None:
     given = recipe(tmp_path)
     model: Any = make_encoder().model
     model.bert.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "sums.json").unlink()
     assert "no trained classification head" in refuse(given, tmp_path / "run")
 
 

@@ -149,6 +149,9 @@ def test_another_architecture_and_a_damaged_file_are_refused(tmp_path: Path) -> 
     make_generator().save(tmp_path / "generator")
     weights = tmp_path / "generator" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(WrongInput, match="damaged, or another than was written"):
+        generator.load(str(tmp_path / "generator"))
+    (tmp_path / "generator" / "sums.json").unlink()
     with pytest.raises(WrongInput, match="damaged"):
         generator.load(str(tmp_path / "generator"))
     (tmp_path / "generator" / "config.json").write_text("[]")
