@@ -159,6 +159,8 @@ def test_a_process_that_dies_is_said_and_none_is_left(exported: Exported) -> Non
         with latency._worker(str(exported.folder), "onnx", 1) as worker:
             process = worker._process
             process.kill()
+            # Dead for certain, so that the pipe has no reader.
+            process.wait()
             worker.ask({"memory": True})
     assert process.wait() is not None
     assert isinstance(process, subprocess.Popen) and np.isfinite(process.returncode)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -241,3 +241,6 @@ def _worker(model: str, form: str | None, threads: int, max_length: int | None =
         finally:
             # Popen's own exit would wait for a process that computes or waits for more.
             process.kill()
+            # What a dead one was not told is still in the pipe's buffer, and closing would write it.
+            with contextlib.suppress(BrokenPipeError):
+                cast(IO[str], process.stdin).close()
