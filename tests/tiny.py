@@ -1,6 +1,7 @@
 """Tiny random encoders of many families and toy rows, made in a moment and without a download."""
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from stillroom.methods.base import Context, Plan
 from stillroom.ops.prediction import hard_label_loss
 from stillroom.recipe import MethodSettings, TrainingSettings
 from stillroom.teacher.live import LiveTeacher
-from stillroom.training.loop import Job
+from stillroom.training.log import LOG
+from stillroom.training.loop import Job, Trained, train
 
 WORDS = (
     "the a film was is not never good great fine bad poor dull and but very quite it plot actor "
@@ -291,3 +293,18 @@ def make_teacher(
     teacher = make_encoder(task=make_task(kind, pair=pair), layers=4, width=24)
     teacher.model.load_state_dict(_teacher_weights(kind, pair, order))
     return teacher
+
+
+def run_job(job: Job) -> Trained:
+    """Train a job without a word."""
+    return train(job, Console(quiet=True))
+
+
+def log_of(job: Job) -> list[dict[str, Any]]:
+    """Return the lines of a job's log."""
+    return [json.loads(line) for line in (job.folder / LOG).read_text().splitlines()]
+
+
+def steps_of(job: Job) -> list[dict[str, Any]]:
+    """Return its lines of training steps."""
+    return [line for line in log_of(job) if "loss" in line]

@@ -14,7 +14,7 @@ from rich.console import Console
 from stillroom import durable, processes
 from stillroom.data.tasks import Dataset
 from stillroom.data.tokens import Tokens
-from stillroom.encoder import Encoder, weights_hash
+from stillroom.encoder import Encoder, settings_that_compute, weights_hash
 from stillroom.errors import WrongInput
 from stillroom.generator import Generator
 
@@ -58,12 +58,9 @@ def inputs_of(
 
 def hashes_of(model: Any, name: str) -> dict[str, str]:
     """Return the SHA-256 of a model's weights, under its name, and of its configuration."""
-    # Names and paths say where it came from, and the version who reads it: not what it computes.
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if not key.startswith("_") and key != "transformers_version"
-    }
+    config = settings_that_compute(model)
+    # The environment tells of another version, which only warns.
+    config.pop("transformers_version", None)
     text = json.dumps(config, sort_keys=True, default=str)
     return {
         name: weights_hash(model),

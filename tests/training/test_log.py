@@ -1,13 +1,11 @@
 """What the log of a run tells, and that no value in it is other than finite."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from torch import Tensor
 
 from stillroom.data.batching import Batch
@@ -15,28 +13,14 @@ from stillroom.encoder import Needs, Outputs
 from stillroom.errors import RunFailed
 from stillroom.methods.base import Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels
-from stillroom.training.loop import Job, Trained, train
+from stillroom.training.loop import Job
 from stillroom.training.schedule import Schedule
-from tiny import make_job
-
-QUIET = Console(quiet=True)
-
-
-def run(job: Job) -> Trained:
-    return train(job, QUIET)
-
-
-def log_of(job: Job) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (job.folder / "log.jsonl").read_text().splitlines()]
-
-
-def steps_of(job: Job) -> list[dict[str, Any]]:
-    return [line for line in log_of(job) if "loss" in line]
+from tiny import log_of, make_job, run_job, steps_of
 
 
 def test_log_tells_every_step(tmp_path: Path) -> None:
     job = make_job(tmp_path, epochs=2, learning_rate=3e-3)
-    trained = run(job)
+    trained = run_job(job)
     lines, plan = steps_of(job), Schedule(job.student_tokens.lengths, job.plan, job.settings)
     assert [line["step"] for line in lines] == list(range(1, 13)) and trained.steps == 12
     assert lines[5]["epoch"] == 1.0 and lines[-1]["epoch"] == 2.0
@@ -56,7 +40,7 @@ def test_log_tells_every_step(tmp_path: Path) -> None:
 
 def test_log_every_thins_the_log_and_keeps_the_last_step(tmp_path: Path) -> None:
     job = make_job(tmp_path, epochs=2, log_every=5)
-    run(job)
+    run_job(job)
     assert [line["step"] for line in steps_of(job)] == [5, 10, 12]
     evaluations = [line for line in log_of(job) if "validation" in line]
     assert [(line["step"], line["epoch"]) for line in evaluations] == [(6, 1.0), (12, 2.0)]
@@ -84,14 +68,14 @@ def test_what_a_term_records_is_in_the_lines_that_are_written_and_asked_for_only
     counts = Counts()
     terms = {"counts": counts, "hard": HardLabels("classification")}
     job = replace(job, plan=Plan(terms, (Stage(0.0, {"counts": 1.0, "hard": 1.0}),)))
-    assert run(job).steps == 4
+    assert run_job(job).steps == 4
     assert [line["record"] for line in steps_of(job)] == [
         {"counts": {"updates": [2]}},
         {"counts": {"updates": [4]}},
     ]
     assert counts.asked == 2
     plain = make_job(tmp_path / "plain", method="none", count=16, epochs=1)
-    run(plain)
+    run_job(plain)
     assert all("record" not in line for line in steps_of(plain))
 
 
@@ -125,7 +109,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_step_and_term(
 ) -> None:
     job = breaking(tmp_path, 8, value, log_every=log_every)
     with pytest.raises(RunFailed) as caught:
-        run(job)
+        run_job(job)
     message = str(caught.value)
     assert "step 8 " in message and f"bad = {value}" in message and "good =" not in message
     assert str(tmp_path / "checkpoints" / "step-00000006") in message
@@ -140,13 +124,13 @@ def test_a_loss_that_is_not_finite_is_found_before_it_is_evaluated(tmp_path: Pat
     job = breaking(tmp_path, 5, log_every=100, checkpoint_every=100)
     job = replace(job, evaluate=lambda _: pytest.fail("weights that are NaN were evaluated"))
     with pytest.raises(RunFailed, match=r"step 5 .*None was saved yet"):
-        run(job)
+        run_job(job)
 
 
 def test_the_term_is_named_whichever_batch_of_an_accumulated_step_it_was(tmp_path: Path) -> None:
     for batch in (5, 6):
         with pytest.raises(RunFailed, match=r"step 3 .*bad = nan"):
-            run(breaking(tmp_path / str(batch), batch, accumulation=2))
+            run_job(breaking(tmp_path / str(batch), batch, accumulation=2))
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
@@ -161,5 +145,5 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     job = make_job(tmp_path, method="none")
     job = replace(job, plan=Plan({"root": Root()}, (Stage(0.0, {"root": 1.0}),)))
     with pytest.raises(RunFailed, match="step 1 .*gradient_norm = nan"):
-        run(job)
+        run_job(job)
     assert not (tmp_path / "checkpoints").exists()

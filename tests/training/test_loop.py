@@ -1,12 +1,10 @@
 """What the loop trains, shows, selects and leaves alone."""
 
 import io
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,23 +17,9 @@ from stillroom.data.batching import Batch
 from stillroom.encoder import Encoder, Needs, Outputs, weights_hash
 from stillroom.methods.base import Plan, Stage, Term
 from stillroom.methods.prediction import HardLabels
-from stillroom.training.loop import Job, Trained, train
+from stillroom.training.loop import train
 from stillroom.training.schedule import Schedule
-from tiny import make_batch_of, make_encoder, make_job
-
-QUIET = Console(quiet=True)
-
-
-def run(job: Job) -> Trained:
-    return train(job, QUIET)
-
-
-def log_of(job: Job) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (job.folder / "log.jsonl").read_text().splitlines()]
-
-
-def steps_of(job: Job) -> list[dict[str, Any]]:
-    return [line for line in log_of(job) if "loss" in line]
+from tiny import make_batch_of, make_encoder, make_job, run_job, steps_of
 
 
 @pytest.mark.parametrize("name", ["keys", "values", "items", "training", "a.b", ""])
@@ -51,7 +35,7 @@ def test_a_term_is_not_named_like_a_part_of_torchs_module(name: str) -> None:
 def test_training_reduces_the_loss(tmp_path: Path, method: str, term: str, factor: float) -> None:
     settings = {"epochs": 12, "learning_rate": 1e-2, "select": "last", "checkpoint_every": 1000}
     job = make_job(tmp_path, method=method, **settings)
-    assert run(job).steps == 72
+    assert run_job(job).steps == 72
     values = [line[term] for line in steps_of(job)]
     # Medians: dropout may spoil one small batch.
     assert np.median(values[-6:]) < factor * np.median(values[:6])
@@ -67,7 +51,7 @@ def test_same_seed_gives_the_same_student_and_another_seed_another(
         start = weights_hash(job.student.model)
         # What stands in the global state before the run must not matter.
         torch.manual_seed(1000 + i)
-        run(job)
+        run_job(job)
         assert weights_hash(job.student.model) != start
         hashes.append(weights_hash(job.student.model))
     assert hashes[0] == hashes[1] != hashes[2]
@@ -77,7 +61,7 @@ def test_teacher_is_left_as_it_was(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     teacher = job.teacher.module
     before = weights_hash(teacher)
-    run(job)
+    run_job(job)
     assert weights_hash(teacher) == before
     assert not teacher.training
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
@@ -87,7 +71,7 @@ def test_student_is_trained_in_training_mode_and_left_in_evaluation_mode(tmp_pat
     modes: list[bool] = []
     job = make_job(tmp_path, evaluate_every=0.5)
     job.student.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    run(job)
+    run_job(job)
     # Two passes a step, and an evaluation (one pass) after each third step.
     assert modes == ([True] * 6 + [False]) * 4
     assert not job.student.training
@@ -117,7 +101,7 @@ SCORES = [0.1, 0.7, 0.7, 0.2, 0.4]
 def test_selects_the_best_or_the_last(tmp_path: Path, select: str, chosen: int) -> None:
     hashes: list[str] = []
     job = make_job(tmp_path, method="kd", epochs=5, select=select, evaluate=scripted(SCORES, hashes))
-    trained = run(job)
+    trained = run_job(job)
     assert len(set(hashes)) == 5
     assert weights_hash(job.student.model) == hashes[chosen]
     assert trained.best_step == (12 if select == "best" else None)
@@ -126,12 +110,12 @@ def test_selects_the_best_or_the_last(tmp_path: Path, select: str, chosen: int) 
 def test_patience_stops_after_so_many_evaluations_without_a_better_one(tmp_path: Path) -> None:
     hashes: list[str] = []
     job = make_job(tmp_path, method="kd", epochs=50, patience=2, evaluate=scripted(SCORES, hashes))
-    trained = run(job)
+    trained = run_job(job)
     assert len(hashes) == 4 and trained.steps == 24
     assert weights_hash(job.student.model) == hashes[1]
     # Run again, it knows that it is done.
     again = make_job(tmp_path, method="kd", epochs=50, patience=2, evaluate=scripted(SCORES, []))
-    assert run(again) == trained
+    assert run_job(again) == trained
     assert weights_hash(again.student.model) == hashes[1]
 
 
@@ -147,7 +131,7 @@ def test_a_stage_before_the_head_is_taught_selects_nothing(
     first = [p.detach().clone() for p in job.student.model.classifier.parameters()]
     taught = Schedule(job.student_tokens.lengths, job.plan, job.settings)
     begin = next(s for s in range(taught.steps) if job.plan.student_needs(taught.stage(s)[1]).logits)
-    trained = run(job)
+    trained = run_job(job)
     assert 0 < begin < trained.best_step <= trained.steps
     assert patience is None or trained.steps < taught.steps
     assert all(
@@ -159,7 +143,7 @@ def test_a_stage_before_the_head_is_taught_selects_nothing(
 def test_where_no_stage_teaches_the_head_all_evaluations_select(tmp_path: Path) -> None:
     hashes: list[str] = []
     job = make_job(tmp_path, options={"switch": 1}, epochs=5, evaluate=scripted(SCORES, hashes))
-    assert run(job).best_step == 12 and weights_hash(job.student.model) == hashes[1]
+    assert run_job(job).best_step == 12 and weights_hash(job.student.model) == hashes[1]
 
 
 def without_dropout(encoder: Encoder) -> None:
@@ -181,7 +165,7 @@ def test_two_accumulated_halves_are_one_whole_batch(tmp_path: Path) -> None:
             select="last",
         )
         without_dropout(job.student)
-        assert run(job).steps == 4
+        assert run_job(job).steps == 4
         weights.append(job.student.model.state_dict())
         assert [line["step"] for line in steps_of(job)] == [1, 2, 3, 4]
     for name, value in weights[0].items():
@@ -203,7 +187,7 @@ def test_decay_falls_on_matrices_and_not_on_vectors(tmp_path: Path) -> None:
     job = make_job(tmp_path, method="none", epochs=1, warmup=0, weight_decay=0.5, learning_rate=0.01)
     job = replace(job, plan=Plan({"zero": Nothing()}, (Stage(0.0, {"zero": 1.0}),)))
     before = {name: p.detach().clone() for name, p in job.student.named_parameters()}
-    run(job)
+    run_job(job)
     shrink = math.prod(1 - 0.5 * line["learning_rate"] for line in steps_of(job))
     assert shrink < 0.99
     for name, parameter in job.student.named_parameters():
@@ -223,7 +207,7 @@ def test_gradients_are_clipped_over_student_and_terms_together(tmp_path: Path) -
     job = make_job(tmp_path, max_grad_norm=0.25)
     handle = register_optimizer_step_post_hook(look)
     try:
-        run(job)
+        run_job(job)
     finally:
         handle.remove()
     assert all(length < 0.2501 for length in lengths) and max(lengths) > 0.24
@@ -234,7 +218,7 @@ def test_bf16_trains_in_float32_weights_to_a_nearby_loss(tmp_path: Path) -> None
     jobs = [make_job(tmp_path / name, epochs=1) for name in ("wide", "half")]
     jobs[1] = replace(jobs[1], bf16=True)
     for job in jobs:
-        run(job)
+        run_job(job)
     wide, half = ([line["loss"] for line in steps_of(job)] for job in jobs)
     assert half != wide
     assert half == pytest.approx(wide, rel=0.02)
@@ -247,7 +231,7 @@ def test_teacher_reads_its_own_tokens(tmp_path: Path) -> None:
     shifted = replace(job.teacher_tokens, ids=np.minimum(job.teacher_tokens.ids + 1, 30))
     seen: list[Tensor] = []
     job.teacher.module.register_forward_pre_hook(lambda module, given: seen.append(given[0].input_ids))
-    run(replace(job, teacher_tokens=shifted))
+    run_job(replace(job, teacher_tokens=shifted))
     assert len(seen) == 6
     assert all((ids[:, 0] == 3).all() for ids in seen)
 
@@ -255,7 +239,7 @@ def test_teacher_reads_its_own_tokens(tmp_path: Path) -> None:
 def test_a_stage_that_needs_nothing_of_the_teacher_does_not_run_it(tmp_path: Path) -> None:
     job = make_job(tmp_path, options={"alpha": 0, "beta": 0})
     job.teacher.module.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was run"))
-    assert run(job).steps == 12
+    assert run_job(job).steps == 12
 
 
 def test_default_score_tells_students_apart() -> None:

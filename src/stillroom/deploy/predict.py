@@ -94,7 +94,8 @@ def predict(
                         table, tuple(text) if text else None, option="--text", trained=predictor.text
                     )
                     if len(names) == 2 and not text and predictor.text is None and console is not None:
-                        console.print(_PAIRS.format(model=model, names=" and ".join(names)), style="yellow")
+                        said = _PAIRS.format(model=model, names=" and ".join(names))
+                        console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
                 _require_columns(table, names)
                 given = [columns.texts_of(table, name, option="--text") for name in names]
                 texts = given[0] if len(given) == 1 else list(zip(*given, strict=True))

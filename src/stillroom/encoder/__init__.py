@@ -16,7 +16,7 @@ from stillroom.encoder.loading import (
     load_like,
     locate,
 )
-from stillroom.encoder.model import Encoder, weights_hash
+from stillroom.encoder.model import Encoder, settings_that_compute, weights_hash
 from stillroom.encoder.noise import quiet
 from stillroom.encoder.outputs import Needs, Outputs, Pooling, pool, sum_needs
 
@@ -42,6 +42,7 @@ __all__ = [
     "quiet",
     "register_attention",
     "set_ffn_width",
+    "settings_that_compute",
     "sum_needs",
     "weights_hash",
 ]

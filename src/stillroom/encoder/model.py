@@ -257,6 +257,11 @@ def _head_sees_only(model: Any, positions: Tensor | None) -> Iterator[None]:
         handle.remove()
 
 
+def settings_that_compute(model: Any) -> dict[str, Any]:
+    """Return a model's configuration without the names and paths that say where it came from."""
+    return {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+
+
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 over names, types, shapes and bytes of all weights."""
     digest = hashlib.sha256()

@@ -150,7 +150,7 @@ def _require_same_text(
             continue
         console.print(
             f"Warning: {name} was trained on {listed(trained)}, and {listed(task.text)} is read here. "
-            f"Name columns with --set dataset.text=[{','.join(trained)}].",
+            f"Name columns with {setting('dataset.text', list(trained))}.",
             style="yellow",
             markup=False,
             highlight=False,

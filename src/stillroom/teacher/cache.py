@@ -17,7 +17,7 @@ from rich.console import Console
 
 from stillroom import durable
 from stillroom.data.tokens import TokenisedRows, cache_folder, fingerprint
-from stillroom.encoder import Encoder, weights_hash
+from stillroom.encoder import Encoder, settings_that_compute, weights_hash
 from stillroom.errors import RunFailed, WrongInput
 
 ORIGIN = "origin.json"
@@ -47,9 +47,8 @@ class Origin:
     @classmethod
     def of(cls, encoder: Encoder, *, max_length: int, bf16: bool) -> "Origin":
         """Return what this teacher's outputs are computed with."""
-        # A name or path in it says where the model came from, not what it computes.
-        config = {k: v for k, v in encoder.config.to_dict().items() if not k.startswith("_")}
-        text = weights_hash(encoder.model) + json.dumps(config, sort_keys=True, default=str)
+        config = json.dumps(settings_that_compute(encoder.model), sort_keys=True, default=str)
+        text = weights_hash(encoder.model) + config
         return cls(
             hashlib.sha256(text.encode()).hexdigest(),
             fingerprint(encoder.tokenizer),
