@@ -71,8 +71,10 @@ def test_finetune_makes_a_teacher(workspace: Workspace) -> None:
 
 
 def test_finetune_shows_its_teacher_and_a_next_command_that_passes(
-    workspace: Workspace, tmp_path: Path
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The command names runs/student, which a user of this clone may have.
+    monkeypatch.chdir(tmp_path)
     command = ("finetune", "--model", workspace.encoder, "--dataset", workspace.data, *FAST)
     more = ("--set", "training.learning_rate=0.005", "--set", "training.epochs=6")
     result = run(*command, *more, "-o", tmp_path / "teacher")
