@@ -78,3 +78,21 @@ def test_runs_of_another_command_on_the_folder_are_left_to_it(tmp_path: Path) ->
     second.work(Console(quiet=True))
     assert sorted(done[2:]) == [("second", "c", 3.0), ("second", "d", 4.0)]
     assert not first.missing() and not second.missing()
+
+
+def test_a_process_that_stood_still_goes_on_with_the_next_run(tmp_path: Path) -> None:
+    """A laptop that slept: to the others its run was without a sign of life, and one of them took it."""
+    done: list[str] = []
+
+    def do(name: str, trial: optuna.Trial, _: Console) -> float:
+        if name == "a" and not done:
+            handout.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        handout.place(name).mkdir(parents=True)
+        (handout.place(name) / METRICS).write_text("{}")
+        done.append(name)
+        return 0.0
+
+    handout = Handout(tmp_path, ["a", "b"], do)
+    handout.enqueue()
+    handout.work(Console(quiet=True))
+    assert done == ["a", "b"] and not handout.missing()

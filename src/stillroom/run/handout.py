@@ -61,6 +61,7 @@ class Handout:
         self.names = list(names)
         self.study = open_study(folder, storage, **study)
         self._folder, self._do = folder, do
+        self._overtaken = False
 
     def place(self, name: str) -> Path:
         """Return a run's folder."""
@@ -110,7 +111,13 @@ class Handout:
             states = {trial.state for trial in trials if trial.user_attrs.get("run") in self.names}
             if TrialState.WAITING in states:
                 objective = functools.partial(self._objective, console=console)
-                self.study.optimize(objective, n_trials=1, catch=(StillroomError,))
+                self._overtaken = False
+                try:
+                    self.study.optimize(objective, n_trials=1, catch=(StillroomError,))
+                except ValueError:
+                    # A trial that another process ended cannot be told how it ended here.
+                    if not self._overtaken:
+                        raise
             elif TrialState.RUNNING in states:
                 time.sleep(_POLL)
             else:
@@ -125,13 +132,21 @@ class Handout:
                 given = self.study.get_trials(deepcopy=False)[trial.number].system_attrs
                 self.study.enqueue_trial(given.get("fixed_params", {}), user_attrs={"run": name})
             raise optuna.TrialPruned
-        trial.set_user_attr("machine", platform.node())
         try:
-            return self._do(name, trial, console)
-        except StillroomError as error:
-            trial.set_user_attr("error", str(error))
-            console.print(f"{name} failed: {error}", style="red", markup=False, highlight=False)
-            raise
+            trial.set_user_attr("machine", platform.node())
+            try:
+                value = self._do(name, trial, console)
+            except StillroomError as error:
+                trial.set_user_attr("error", str(error))
+                console.print(f"{name} failed: {error}", style="red", markup=False, highlight=False)
+                raise
+            # Refused, as everything is, where the study has given the run to another process meanwhile.
+            trial.set_user_attr("done", True)
+            return value
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # This process stood still, as on a laptop asleep, for longer than the grace.
+            self._overtaken = True
+            raise optuna.TrialPruned from None
 
     def _is_held(self, name: str) -> bool:
         try:
