@@ -1,14 +1,15 @@
 """Attention of every family that shows it: scores, queries, keys and values, and nothing else changed."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from stillroom.data.batching import Inputs
-from stillroom.encoder import Encoder, Needs
+from stillroom.encoder import Encoder, Needs, attention, quick_attention
 from stillroom.errors import WrongInput
 from tiny import FAMILIES, inputs_for, logits_of, make_encoder
 
@@ -200,3 +201,63 @@ def test_attention_is_as_it_was_after_an_error() -> None:
         model(wrong, ATTENTION)
     assert model.config._attn_implementation == "sdpa"
     assert not model(inputs, LOGITS).attention_scores
+
+
+def _states(S: int, dtype: torch.dtype, *, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, S, 4, dtype=dtype, requires_grad=gradient) for _ in range(3))
+    return q, k, v
+
+
+@pytest.mark.parametrize("kind", ["bool", "added", "none"])
+@pytest.mark.parametrize("scaling", [None, 0.8])
+@pytest.mark.parametrize("S", [5, 9, 15, 16])
+def test_quick_attention_is_that_of_the_equation_and_so_are_its_gradients(
+    monkeypatch: pytest.MonkeyPatch, kind: str, scaling: float | None, S: int
+) -> None:
+    monkeypatch.delattr(attention, "sdpa_attention_forward")
+    q, k, v = _states(S, torch.float64, gradient=True)
+    mask = torch.ones(3, 1, S, S, dtype=torch.bool)
+    if kind != "none":
+        mask[1, :, :, 3:] = mask[2, :, :, 4:] = False
+    least = torch.finfo(torch.float64).min
+    added = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, least)
+    given = {"bool": mask, "added": added, "none": None}[kind]
+    found, _ = quick_attention(nn.Module(), q, k, v, given, scaling=scaling)
+    weights = (q @ k.mT * (scaling or 0.5)).masked_fill(~mask, -math.inf).softmax(-1)
+    want = (weights @ v).transpose(1, 2)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    goal = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad((made * goal).sum(), (q, k, v)) for made in (found, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("case", "ours"), [("bf16", True), ("gradient", True), ("float32", False), ("many", False)]
+)
+def test_attention_is_plain_where_that_is_quicker_and_fits(
+    monkeypatch: pytest.MonkeyPatch, case: str, ours: bool
+) -> None:
+    """In float32 without a gradient the bits are torch's, on which the recorded teacher counts."""
+    q, k, v = _states(6, torch.bfloat16 if case == "bf16" else torch.float32, gradient=case == "gradient")
+    if case == "many":
+        q, k, v = _states(6, torch.bfloat16, gradient=True)
+        monkeypatch.setattr(attention, "_MOST", 3 * 2 * 6 * 6 - 1)
+    want, _ = attention.sdpa_attention_forward(nn.Module(), q, k, v, None, is_causal=False)
+    theirs: list[Any] = []
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *_, **named: theirs.append(named) or (want, None)
+    )
+    found, _ = quick_attention(nn.Module(), q, k, v, None, is_causal=False)
+    assert (not theirs) == ours and found.shape == want.shape and found.dtype == want.dtype
+    torch.testing.assert_close(found, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", SHOWN)
+def test_a_pass_in_float32_without_a_gradient_has_the_bits_of_transformers(family: str) -> None:
+    model = make_shown(family)
+    inputs = inputs_for(model)
+    with torch.no_grad():
+        want = model.model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits
+        assert torch.equal(model(inputs, LOGITS).logits, want)
+    assert model.config._attn_implementation == "sdpa"

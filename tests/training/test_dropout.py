@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stillroom import encoder
 from stillroom.encoder import Needs
 from stillroom.training import dropout
 from stillroom.training.dropout import attention, drop, quick_dropout
@@ -101,14 +102,16 @@ def test_attention_is_that_of_the_equation_and_so_are_its_gradients(
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("other", ["causal", "softcap", "position bias", "shared keys", "no dropout"])
+@pytest.mark.parametrize(
+    "other", ["causal", "causal by itself", "softcap", "position bias", "shared keys", "no dropout"]
+)
 def test_what_is_not_plain_attention_is_left_to_transformers(
     monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     """Else a mask, a cap or a bias would be left out in training, in silence."""
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        dropout, "sdpa_attention_forward", lambda *_, **named: seen.append(named) or (q, None)
+        encoder.attention, "sdpa_attention_forward", lambda *_, **named: seen.append(named) or (q, None)
     )
     q = torch.randn(2, 4, 5, 3)
     k = torch.randn(2, 2, 5, 3) if other == "shared keys" else q
@@ -117,7 +120,9 @@ def test_what_is_not_plain_attention_is_left_to_transformers(
         "softcap": {"softcap": 5.0},
         "position bias": {"position_bias": torch.zeros(1)},
     }.get(other, {})
-    attention(nn.Module(), q, k, k, None, dropout=0.0 if other == "no dropout" else 0.2, **named)
+    module = nn.Module()
+    module.is_causal = other == "causal by itself"  # type: ignore[assignment]
+    attention(module, q, k, k, None, dropout=0.0 if other == "no dropout" else 0.2, **named)
     assert len(seen) == 1 and named.items() <= seen[0].items()
 
 

@@ -1,10 +1,18 @@
 """Any Hugging Face encoder, read as `Outputs`: with a head for labels, one for masked words, or none.
 
 `outputs` says what is read of one, `model` and `attention` read it, `unpadded` leaves its padding out,
-`config` knows its settings, and `loading` finds and checks checkpoints.
+`blocked` lays its weights out for a CPU, `config` knows its settings, and `loading` finds and checks
+checkpoints.
 """
 
-from stillroom.encoder.attention import attending, register_attention
+from stillroom.encoder.attention import (
+    attending,
+    computes_plainly,
+    plain_attention,
+    quick_attention,
+    register_attention,
+)
+from stillroom.encoder.blocked import blocked, can_block
 from stillroom.encoder.config import PROBLEM_TYPES, describe_task, ffn_width, kind_of, set_ffn_width
 from stillroom.encoder.loading import (
     MINILM,
@@ -30,6 +38,9 @@ __all__ = [
     "Outputs",
     "Pooling",
     "attending",
+    "blocked",
+    "can_block",
+    "computes_plainly",
     "describe_task",
     "ffn_width",
     "fresh",
@@ -38,7 +49,9 @@ __all__ = [
     "load_body",
     "load_like",
     "locate",
+    "plain_attention",
     "pool",
+    "quick_attention",
     "quiet",
     "register_attention",
     "set_ffn_width",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stillroom import durable
 from stillroom.data.batching import Inputs, Layout
-from stillroom.encoder.attention import reading
+from stillroom.encoder.attention import quick, reading
 from stillroom.encoder.noise import quiet
 from stillroom.encoder.outputs import Needs, Outputs, pool
 from stillroom.encoder.unpadded import FAMILIES, drops_attention, has_kernel, unpadded
@@ -124,6 +124,7 @@ class Encoder(nn.Module):
         layout = inputs.layout if self._packs(inputs, needs) else None
         with (
             self._embeddings(needs.embeddings or offset is not None, offset) as seen,
+            quick(self.model, inputs.attention_mask.device),
             reading(self.model, needs) as attention,
             _head_sees_only(self.model, inputs.positions),
             self._without_padding(layout) as more,

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from stillroom.data.batching import Batch, Inputs
-from stillroom.encoder import Encoder, Needs, Outputs, attending, register_attention
+from stillroom.encoder import Encoder, Needs, Outputs, attending, blocked, can_block, register_attention
 
 _EVEN = "stillroom-even"
 _LANES, _TILE = 16, 4
@@ -33,7 +33,8 @@ class LiveTeacher:
     That holds for models whose attention goes through transformers' sdpa.
 
     In bf16 the weights of linear layers are rounded once, at the first call, where autocast would round all
-    of them in every batch: the same bits, for two more bytes of memory a weight.
+    of them in every batch, and on a CPU laid out for its products: the same bits, for two more bytes of
+    memory a weight.
     """
 
     def __init__(self, encoder: Encoder, *, device: torch.device, bf16: bool):
@@ -74,11 +75,19 @@ class LiveTeacher:
             return Outputs(torch.empty(0, device=self._device))
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16), self._even_attention():
             given: dict[str, Any] = {"words": words}
+            if self.bf16 and not torch.is_grad_enabled() and can_block(self._device):
+                return self._blocked(inputs, needs, **given).float()
             # Not tied: an embedding that a decoder shares is not rounded.
             outputs: Outputs = functional_call(
                 self.encoder, self._rounded, (inputs, needs), given, tie_weights=False
             )
         return outputs.float()
+
+    @functools.cached_property
+    def _blocked(self) -> Encoder:
+        """The encoder for passes without a gradient on a CPU."""
+        with torch.inference_mode(False), torch.no_grad():
+            return blocked(self.encoder)
 
     @functools.cached_property
     def _rounded(self) -> dict[str, Tensor]:

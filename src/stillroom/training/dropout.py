@@ -1,23 +1,25 @@
 """Dropout that costs little on a CPU: in the student's states, and in its attention."""
 
-import math
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from stillroom.encoder import Encoder, attending, register_attention
+from stillroom.encoder import (
+    Encoder,
+    attending,
+    computes_plainly,
+    plain_attention,
+    quick_attention,
+    register_attention,
+)
 
 _NAME = "stillroom-dropout"
 _STEPS = 2**16
 """Into how many steps chance is cut: four draws to a random number of 64 bits."""
-
-_LANES = 16
-"""Numbers of float32 in a vector of AVX-512. Torch's softmax over 9 to 15 is up to ten times slower."""
 
 
 def drop(states: Tensor, p: float) -> Tensor:
@@ -78,36 +80,13 @@ def attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what transformers' sdpa attention does, with `drop` where it drops on a CPU.
-
-    Products in the dtype that is given, softmax in float32. Torch's own kernels for this have no fast path
-    with dropout. What is not plain attention is left to transformers.
-    """
-    plain = key.shape == query.shape and not any(others.get(n) for n in ("is_causal", "softcap"))
-    if not dropout or query.device.type != "cpu" or not plain or others.get("position_bias") is not None:
-        made: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+    """Return what transformers' sdpa attention does, with `drop` where it drops on a CPU."""
+    if not dropout or not computes_plainly(module, query, key, others):
+        return quick_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-        return made
-    B, H, S, D = query.shape
-    q, k, v = (states.reshape(B * H, S, D) for states in (query, key, value))
-    with torch.autocast("cpu", enabled=False):
-        scores = (q @ k.mT).view(B, H, S, S).float() * (D**-0.5 if scaling is None else scaling)
-        if attention_mask is not None:
-            if attention_mask.dtype == torch.bool:
-                attention_mask = torch.where(attention_mask, 0.0, -math.inf)
-            scores = scores + attention_mask
-        weights = drop(_softmax(scores), dropout).to(v.dtype)
-        mixed = (weights.view(B * H, S, S) @ v).view(B, H, S, D)
-    return mixed.transpose(1, 2).contiguous(), None
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Return the softmax over the last dimension, of few numbers by way of a whole vector of them."""
-    count = scores.shape[-1]
-    if not _LANES // 2 < count < _LANES:
-        return scores.softmax(-1)
-    return F.pad(scores, (0, _LANES - count), value=-math.inf).softmax(-1)[..., :count]
+    keep = functools.partial(drop, p=dropout)
+    return plain_attention(query, key, value, attention_mask, scaling, keep), None
 
 
 register_attention(_NAME, attention)
