@@ -26,6 +26,7 @@ from rich.console import Console
 from exports import Exported
 from serving import SECONDS, post, request, serving
 from stillroom import encoder
+from stillroom.data.trained import was_trained_on
 from stillroom.deploy import serve
 from stillroom.deploy.batcher import Batcher, QueueFull
 from stillroom.deploy.predictor import Predictor
@@ -61,13 +62,61 @@ def test_answers_are_those_of_torch(exported: Exported, port: int) -> None:
         assert not answer["cut"]
 
 
-def test_pairs_are_read_as_pairs(predictor: Predictor, port: int) -> None:
-    pair = ("a good film", "bad bad plot")
-    (row,) = predictor.logits([pair]).astype(float)
-    status, found = post(port, {"pairs": [pair]})
+PAIR = ("a good film", "bad bad plot")
+
+
+def run_of(folder: Path, *text: str) -> Predictor:
+    """Return the model of a run that was trained on these columns; a model alone without any."""
+    make_encoder(task=make_task(pair=len(text) == 2)).save(folder / "student")
+    if text:
+        dataset = {"name": "d.csv", "text": list(text)}
+        (folder / "recipe.yaml").write_text(json.dumps({"dataset": dataset}))
+    return Predictor.load(folder / "student", threads=1)
+
+
+@pytest.mark.parametrize("text", [("premise", "hypothesis"), ()], ids=["pairs", "unknown"])
+def test_pairs_are_read_as_pairs(tmp_path: Path, text: tuple[str, ...]) -> None:
+    predictor = run_of(tmp_path, *text)
+    (row,) = predictor.logits([PAIR]).astype(float)
+    with serving(predictor) as port:
+        status, found = post(port, {"pairs": [PAIR]})
     assert status == 200
     expected = np.exp(row) / np.exp(row).sum()
     assert np.allclose(list(found["answers"][0]["probabilities"].values()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [("review",), ("premise", "hypothesis")], ids=["one", "two"])
+def test_one_text_is_not_read_by_a_model_of_two_or_the_other_way_round(
+    tmp_path: Path, columns: tuple[str, ...]
+) -> None:
+    """It would answer from an input of another kind, and say nothing."""
+    asked = {"texts": ["a good film"], "pairs": [PAIR]}
+    right, wrong = ("texts", "pairs") if len(columns) == 1 else ("pairs", "texts")
+    with serving(run_of(tmp_path, *columns)) as port:
+        assert post(port, {right: asked[right]})[0] == 200
+        for body in ({wrong: asked[wrong]}, {wrong: []}):
+            status, found = post(port, body)
+            assert status == 422
+            assert was_trained_on(columns) in found["error"]
+            assert f'Expected {{"{right}"' in found["error"] and f'"{wrong}"' not in found["error"]
+        # What a body of another kind is told, and the page shows, is what this model reads.
+        error = post(port, b"{}")[1]["error"].partition("Expected ")[2]
+        assert f'"{right}"' in error and f'"{wrong}"' not in error
+        assert json.loads(request(port, "GET", "/health")[1])["text"] == list(columns)
+        schema = json.loads(request(port, "GET", "/openapi.json")[1])
+        body = schema["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
+        (example,) = body["examples"].values()
+        assert post(port, example["value"])[0] == 200
+
+
+def test_the_page_shows_both_where_nothing_says_what_the_model_reads(tmp_path: Path) -> None:
+    with serving(run_of(tmp_path)) as port:
+        schema = json.loads(request(port, "GET", "/openapi.json")[1])
+        body = schema["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
+        assert list(body["examples"]) == ["texts", "pairs"]
+        for example in body["examples"].values():
+            assert post(port, example["value"])[0] == 200
+        assert json.loads(request(port, "GET", "/health")[1])["text"] is None
 
 
 def test_64_clients_get_their_own_answers(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from stillroom.data import soft_labels
 from stillroom.data.tables import Table
 from stillroom.data.tasks import Kind, Rows, Task, plain
-from stillroom.data.trained import listed
+from stillroom.data.trained import listed, was_trained_on
 from stillroom.errors import WrongInput
 from stillroom.recipe import DatasetSettings, nearest, setting
 
@@ -138,10 +138,10 @@ def require_as_many(
 ) -> None:
     """Raise `WrongInput` if a model that was trained on one text is to read two, or the other way round."""
     if trained is not None and len(found) != len(trained):
-        wanted = "one text" if len(trained) == 1 else "two texts"
+        wanted = "one column" if len(trained) == 1 else "two columns"
         raise WrongInput(
-            f"The model was trained on {wanted} ({listed(trained)}), and would read {listed(found)} of "
-            f"{source}. Name {wanted.replace('text', 'column')} with {option}, or give another model."
+            f"{was_trained_on(trained)}, and would read {listed(found)} of {source}. Name {wanted} with "
+            f"{option}, or give another model."
         )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stillroom import durable
 from stillroom.data import builtin
@@ -35,8 +36,25 @@ def text_of(model: str | Path) -> tuple[str, ...] | None:
     asked = dataset if isinstance(dataset, Mapping) else {"name": dataset}
     named = {**GLUE, **builtin.TASKS}.get(str(asked.get("name")))
     # A recipe that names no columns leaves them to the file; what they were stands in the metrics.
-    found = metrics.get("text") or asked.get("text") or (named.text if named else None)
-    return None if found is None else tuple(map(str, found))
+    found = metrics.get("text") or asked.get("text") or (list(named.text) if named else None)
+    return as_columns(found)
+
+
+def as_columns(found: Any) -> tuple[str, ...] | None:
+    """Return one or two names of columns that stand in a file, or None if it holds something else."""
+    if not isinstance(found, list) or len(found) not in (1, 2):
+        return None
+    return tuple(map(str, found))
+
+
+def was_trained_on(text: tuple[str, ...]) -> str:
+    """Return how messages say what a model reads.
+
+    Example:
+        >>> was_trained_on(("premise", "hypothesis"))
+        "The model was trained on two texts ('premise' and 'hypothesis')"
+    """
+    return f"The model was trained on {('one text', 'two texts')[len(text) - 1]} ({listed(text)})"
 
 
 def listed(text: tuple[str, ...]) -> str:

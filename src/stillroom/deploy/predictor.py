@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from stillroom.data.trained import text_of
+from stillroom.data.trained import as_columns, text_of
 from stillroom.deploy import forms
 from stillroom.errors import WrongInput
 
@@ -253,7 +253,7 @@ class Predictor:
             max_length=manifest["max_length"],
             pad_id=manifest["pad_id"],
             # Nor do they name columns.
-            text=tuple(manifest.get("text") or ()) or text_of(folder),
+            text=as_columns(manifest.get("text")) or text_of(folder),
         )
 
     @classmethod

@@ -12,11 +12,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
 from rich.console import Console
 
+from stillroom.data.trained import was_trained_on
 from stillroom.deploy.answers import Answer, answer
 from stillroom.deploy.batcher import Batcher, QueueFull, Stopped
 from stillroom.deploy.predictor import Predictor
@@ -24,7 +25,7 @@ from stillroom.errors import StillroomError, WrongInput
 
 try:
     import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import Body, FastAPI, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, Response
     from fastapi_offline import FastAPIOffline
@@ -82,7 +83,7 @@ class Limits:
 class Question(BaseModel):
     """What POST /predict takes: either texts or pairs."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"texts": ["a good film"]}]})
+    model_config = ConfigDict(extra="forbid")
 
     texts: list[StrictStr] | None = None
     """Texts, for a model that reads one at a time."""
@@ -118,6 +119,9 @@ class Health(BaseModel):
     form: str
     kind: str | None
     labels: list[str]
+    text: list[str] | None = Field(
+        description="The one or two text columns that it was trained on; null where that is not known."
+    )
     max_length: int = Field(description="Tokens to which texts are cut.")
 
 
@@ -184,10 +188,17 @@ def make_app(predictor: Predictor, name: str, limits: Limits | None = None) -> F
     errors: dict[int | str, dict[str, Any]] = {
         code: {"model": Problem} for code in (400, 408, 413, 422, 500, 503)
     }
+    reads = _keys_of(predictor)
+    examples: Any = {key: {"value": {key: _EXAMPLES[key]}} for key in reads}
 
     @app.post("/predict", responses=errors)
-    async def predict(question: Question) -> Answers:
+    async def predict(question: Annotated[Question, Body(openapi_examples=examples)]) -> Answers:
         """Return what the model says of each text or pair, in their order."""
+        asked = "pairs" if question.texts is None else "texts"
+        if predictor.text is not None and asked not in reads:
+            raise HTTPException(
+                422, f"{was_trained_on(predictor.text)}, and would read {asked}. {_expected(reads)}"
+            )
         texts: list[Text] = [*(question.texts or ()), *(question.pairs or ())]
         _require_within(texts, limits)
         try:
@@ -216,6 +227,7 @@ def make_app(predictor: Predictor, name: str, limits: Limits | None = None) -> F
             form=predictor.form,
             kind=predictor.kind,
             labels=list(predictor.labels),
+            text=None if predictor.text is None else list(predictor.text),
             max_length=predictor.max_length,
         )
 
@@ -228,7 +240,7 @@ def make_app(predictor: Predictor, name: str, limits: Limits | None = None) -> F
         requests.labels(str(status)).inc()
         seconds.observe(took)
 
-    _explain_errors(app)
+    _explain_errors(app, _expected(reads))
     app.add_middleware(_Guard, most=limits.max_body_bytes, count=count)
     return app
 
@@ -249,7 +261,7 @@ def _require_within(texts: list[Text], limits: Limits) -> None:
                 raise HTTPException(422, f"Text {number} (from 0) is not valid Unicode.")
 
 
-def _explain_errors(app: FastAPI) -> None:
+def _explain_errors(app: FastAPI, expected: str) -> None:
     """Answer every error with `{"error": ...}`, without what the request held."""
 
     @app.exception_handler(StarletteHTTPException)
@@ -263,19 +275,27 @@ def _explain_errors(app: FastAPI) -> None:
         # The place is the sender's own text, and may hold what cannot be written.
         where = where[:80].encode("ascii", "backslashreplace").decode()
         if first["type"] == "json_invalid":
-            return JSONResponse({"error": "The body is no JSON. " + _EXPECTED}, 400)
+            return JSONResponse({"error": f"The body is no JSON. {expected}"}, 400)
         message = str(first["msg"]).removeprefix("Value error, ")
-        return JSONResponse({"error": f"{where or 'body'}: {message}. {_EXPECTED}"}, 422)
+        return JSONResponse({"error": f"{where or 'body'}: {message}. {expected}"}, 422)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": f"The server failed: {type(error).__name__}."}, 500)
 
 
-_EXPECTED = (
-    'Expected {"texts": ["...", ...]} or {"pairs": [["...", "..."], ...]} with Content-Type: '
-    "application/json."
-)
+_EXAMPLES: dict[str, Any] = {"texts": ["a good film"], "pairs": [["a good film", "I liked it"]]}
+_SHAPES = {"texts": '{"texts": ["...", ...]}', "pairs": '{"pairs": [["...", "..."], ...]}'}
+
+
+def _keys_of(predictor: Predictor) -> tuple[str, ...]:
+    """Return which keys of a question the model reads: both where nothing says what it was trained on."""
+    return ("texts", "pairs") if predictor.text is None else (("texts", "pairs")[len(predictor.text) - 1],)
+
+
+def _expected(keys: tuple[str, ...]) -> str:
+    shapes = " or ".join(_SHAPES[key] for key in keys)
+    return f"Expected {shapes} with Content-Type: application/json."
 
 
 class _Guard:
