@@ -168,6 +168,13 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one_with_a_warning(tmp_path:
     assert checkpoint.newest_sound(tmp_path / "c", QUIET) is None
 
 
+def test_a_file_that_a_desktop_leaves_in_a_checkpoint_does_not_make_it_damaged(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    newest = tmp_path / "c" / "step-00000002"
+    (newest / ".DS_Store").write_bytes(b"\0Bud1")
+    assert checkpoint.newest_sound(tmp_path / "c", QUIET) == newest
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert checkpoint.newest_sound(tmp_path / "c", QUIET) is None
     (tmp_path / "c").mkdir()
