@@ -278,6 +278,46 @@ def test_a_learning_rate_is_a_number_on_the_line_and_in_the_file(tmp_path: Path,
 # Files
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "teacher: a\ndataset: d\n\nteacher: b\n",
+            "the key 'teacher' stands in line 1 and again in line 4",
+        ),
+        (
+            "training:\n  epochs: 1\n  'epochs': 3\nteacher: t\ndataset: d\n",
+            "the key 'epochs' stands in line 2 and again in line 3",
+        ),
+        ("methods: [{a: 1,\n a: 1}]", "the key 'a' stands in line 1 and again in line 2"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_its_lines(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    """The last one would count, and the other be forgotten without a word."""
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(WrongInput, match=rf"r\.yaml cannot be read as YAML: {expected}\. Remove one"):
+        read_yaml(tmp_path / "r.yaml")
+
+
+def test_equal_keys_of_different_sections_and_those_of_an_anchor_are_no_duplicates(tmp_path: Path) -> None:
+    text = "a: &a {epochs: 1, seed: 2}\nb: {<<: *a, epochs: 3}\nc: {<<: *a, seed: 4}\n1: x\n'1': y\n"
+    (tmp_path / "r.yaml").write_text(text)
+    assert read_yaml(tmp_path / "r.yaml") == {
+        "a": {"epochs": 1, "seed": 2},
+        "b": {"epochs": 3, "seed": 2},
+        "c": {"epochs": 1, "seed": 4},
+        1: "x",
+        "1": "y",
+    }
+
+
+def test_a_key_that_stands_twice_in_an_override_is_refused() -> None:
+    with pytest.raises(WrongInput, match=r"--set method=\{a: 1, a: 2\}: .*the key 'a'"):
+        set_value({}, "method={a: 1, a: 2}")
+
+
 FULL = """
 teacher: teachers/cola
 dataset: {name: data/mine, text: [a, b], label: y, labels: ["no", "yes"], max_length: 64,

@@ -561,7 +561,7 @@ class _Yaml(yaml.SafeLoader):
     """YAML as version 1.2 reads it: `off` is a word, 1e-4 is a number, and a date is text.
 
     A number that others read otherwise is text, too, and refused where a number is expected: 010 (8 or
-    10), 0x10, 1_000, and 12:30 (750).
+    10), 0x10, 1_000, and 12:30 (750). A key that stands twice is an error.
     """
 
     yaml_implicit_resolvers = {
@@ -572,6 +572,23 @@ class _Yaml(yaml.SafeLoader):
         ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return the mapping that follows; PyYAML would take the last of equal keys, and say nothing."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        # Before keys that a `<<` brings in join them: those may be set anew.
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in lines:
+                raise yaml.YAMLError(
+                    f"the key {key.value!r} stands in line {lines[name]} and again in line {line}. Remove "
+                    "one of them."
+                )
+            lines[name] = line
+        return node
 
 
 _Yaml.add_implicit_resolver(
