@@ -12,6 +12,7 @@ from rich.console import Console
 from stillroom import distill, provenance
 from stillroom.data import sources
 from stillroom.data.tasks import Dataset
+from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
 from stillroom.recipe import DatasetSettings, Recipe
 from tiny import make_dataset, make_teacher
@@ -25,16 +26,21 @@ def give(monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> None:
 def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was carried to its end."""
     give(monkeypatch, make_dataset())
-    make_teacher().save(tmp_path / "teacher")
+    return run(tmp_path, make_teacher())
+
+
+def run(folder: Path, teacher: Encoder) -> Path:
+    """Distil a teacher and return the run's folder."""
+    teacher.save(folder / "teacher")
     recipe = Recipe.load(
-        teacher=str(tmp_path / "teacher"),
+        teacher=str(folder / "teacher"),
         dataset=DatasetSettings(name="toy", max_length=32).model_dump(),
         student="2x16x2x32",
         method="kd",
         training={"epochs": 1, "batch_size": 8},
     )
-    distill(recipe, tmp_path / "run", console=Console(quiet=True))
-    return tmp_path / "run"
+    distill(recipe, folder / "run", console=Console(quiet=True))
+    return folder / "run"
 
 
 def resume(folder: Path) -> str:
@@ -126,6 +132,39 @@ def test_another_row_is_refused(done: Path, monkeypatch: pytest.MonkeyPatch, spl
     give(monkeypatch, dataset)
     with pytest.raises(WrongInput, match=f"The {split} rows changed"):
         resume(done)
+
+
+def retype(teacher: Path, types: str) -> None:
+    """Give the second text of pairs another type in the tokenizer's rules, or take types away."""
+    if types == "none":
+        path = teacher / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        config["model_input_names"] = ["input_ids", "attention_mask"]
+        path.write_text(json.dumps(config))
+        return
+    path = teacher / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    for part in rules["post_processor"]["pair"]:
+        next(iter(part.values()))["type_id"] = int(types)
+    path.write_text(json.dumps(rules))
+
+
+@pytest.mark.parametrize("types", ["0", "none"])
+def test_other_token_types_of_the_same_tokens_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, types: str
+) -> None:
+    """The two texts of a pair would be told apart in one half of the run alone."""
+    give(monkeypatch, make_dataset(pair=True))
+    folder = run(tmp_path, make_teacher(pair=True))
+    retype(tmp_path / "teacher", types)
+    with pytest.raises(WrongInput, match="The token types of the train rows changed since"):
+        resume(folder)
+    # A run of an earlier version has none written down, and goes on.
+    path = folder / provenance.INPUTS
+    found = json.loads(path.read_text())
+    found["inputs"] = {key: value for key, value in found["inputs"].items() if "types" not in key}
+    path.write_text(json.dumps(found))
+    assert "Warning" not in resume(folder)
 
 
 def test_other_threads_only_warn(done: Path) -> None:

@@ -38,7 +38,7 @@ def inputs_of(
     """Return the SHA-256 of everything the student is made from, by name.
 
     Weights and configuration of the teacher, of the student and the generator at the start, and of each
-    split tokens, labels and soft labels.
+    split tokens, their types, labels and soft labels.
     """
     models = {"teacher": teacher, "student at the start": student, "generator at the start": generator}
     found: dict[str, str] = {}
@@ -49,10 +49,14 @@ def inputs_of(
         digest = hashlib.sha256(rows.labels.tobytes())
         if rows.soft_labels is not None:
             digest.update(rows.soft_labels.tobytes())
+        types = hashlib.sha256()
         for kept in (tokens.student[name], tokens.teacher[name]):
             digest.update(kept.lengths.tobytes())
             digest.update(kept.ids.tobytes())
+            types.update(b"none" if kept.types is None else kept.types.tobytes())
         found[f"{name} rows"] = digest.hexdigest()
+        # By themselves: runs of earlier versions have written down none, and go on.
+        found[f"token types of the {name} rows"] = types.hexdigest()
     return found
 
 
