@@ -1,5 +1,6 @@
 """Students: from a size, from the teacher's layers, from a checkpoint."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,41 @@ def test_what_is_no_student_is_refused(text: str) -> None:
         student.build(text, make_encoder(layers=4), TASK, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        ("0::/", {"memory.max": "2000000000\n"}, 2 * 10**9),
+        ("0::/", {"memory.max": "max\n"}, None),
+        ("0::/", {}, None),
+        ("0::/a/b", {"a/b/memory.max": "max\n", "a/memory.max": "3000000000\n"}, 3 * 10**9),
+        ("0::/host/path", {"memory.max": "2000000000\n"}, 2 * 10**9),
+        ("4:memory:/x\n0::/", {"memory/memory.limit_in_bytes": "1000000000\n"}, 10**9),
+        ("4:memory:/x", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+        ("3:cpu:/\n0::/", {"memory/memory.limit_in_bytes": "1000000000\n"}, None),
+        (None, {"memory.max": "2000000000\n"}, None),
+    ],
+)
+def test_a_containers_limit_counts_as_the_machines_memory(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str | None,
+    limits: dict[str, str],
+    expected: int | None,
+) -> None:
+    """A student too large for the container was begun, and killed by the system."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**7}.__getitem__)
+    monkeypatch.setattr(student, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(student, "_OWN_CGROUP", tmp_path / "own")
+    if own is not None:
+        (tmp_path / "own").write_text(own + "\n")
+    for name, text in limits.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert student._memory() == (expected or 4096 * 10**7)
+
+
 @pytest.mark.parametrize("size", ["2x20000", "9999999x16", "2x16x2x999999999"])
 def test_a_student_beyond_the_machines_memory_is_refused_before_it_is_made(
     size: str, monkeypatch: pytest.MonkeyPatch
@@ -224,7 +260,9 @@ def test_a_student_beyond_the_machines_memory_is_refused_before_it_is_made(
     """The system would kill the process, and others beside it, without a word."""
     monkeypatch.setattr(student, "_memory", lambda: 24 * 10**9)
     monkeypatch.setattr(encoder, "fresh", lambda config, like: pytest.fail("made"))
-    with pytest.raises(WrongInput, match="million parameters: .* GB, and this machine has 24 GB"):
+    with pytest.raises(
+        WrongInput, match="million parameters: .* GB, and this machine, or the container, has 24 GB"
+    ):
         student.build(size, make_encoder(layers=4, width=24), make_task(), seed=0)
 
 

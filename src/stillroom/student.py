@@ -1,8 +1,10 @@
 """Build a student from a size, from the teacher's layers, or from a checkpoint, and start it."""
 
+import contextlib
 import copy
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ _SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 _LAYERS = re.compile(r"layers:(\d+(?:,\d+)*)")
 # No hub id has a colon or an equals sign, or is made of these characters alone.
 _MEANT = re.compile(r"\s*layers?\s*[:=].*|[-+\d\s.,;:*x×]*", re.IGNORECASE)
+
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux says how much memory a container may use, and which group this process is in."""
 
 _TRAINED_BYTES = 16
 """Of a parameter that is trained: weight, gradient and AdamW's two moments in float32."""
@@ -261,19 +266,43 @@ def _require_memory(size: Size, config: Any) -> None:
         raise WrongInput(
             f"A student of {size.layers} layers, width {size.width} and FFN {size.ffn} has more than "
             f"{least / 1e6:,.0f} million parameters: to train it takes "
-            f"{least * _TRAINED_BYTES / 1e9:,.0f} GB, and this machine has "
+            f"{least * _TRAINED_BYTES / 1e9:,.0f} GB, and this machine, or the container, has "
             f"{memory / 1e9:,.0f} GB. Give a smaller size, such as 4x312."
         )
 
 
 def _memory() -> int | None:
-    """Return the bytes of this machine's memory, or of its largest GPU's if that is more."""
+    """Return the bytes that this machine or container has, or its largest GPU if that has more."""
     try:
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
+    host = min([host, *_container_limits()])
     gpus = range(torch.cuda.device_count())
     return max(host, *(torch.cuda.get_device_properties(i).total_memory for i in gpus), 0)
+
+
+def _container_limits() -> Iterator[int]:
+    """Yield the limits of memory of this process's control group and of those around it, v2 and v1."""
+    try:
+        groups = _OWN_CGROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base, name = (
+            (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
+        )
+        # Inside a container the path may be the host's, of which only the root is there.
+        inside = base / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if not folder.is_relative_to(base):
+                break
+            # Unlimited is `max` in v2, and a number beyond any memory in v1.
+            with contextlib.suppress(OSError, ValueError):
+                yield int((folder / name).read_text(encoding="utf-8"))
 
 
 def _require_layers(layers: tuple[int, ...], teacher: Encoder) -> None:
