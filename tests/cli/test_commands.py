@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 from workspace import FAST, Workspace
 
 import stillroom
 from stillroom import Recipe, distill
 from stillroom.cli import app
+from stillroom.cli.finetune import _student
+from stillroom.encoder import Encoder
 from stillroom.evaluation.metrics import score
 from stillroom.evaluation.predictions import load
 from stillroom.methods import METHODS
+from tiny import make_encoder, make_tokenizer
 
 COSTS = {"parameters", "non_embedding_parameters", "bytes", "ms_per_example"}
 TRAIN = {
@@ -83,6 +87,27 @@ def test_finetune_shows_its_teacher_and_a_next_command_that_passes(
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("Next: ")]
     assert "--student layers:2,4 " in line
     run(*shlex.split(line)[2:], "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "width", "expected"),
+    [
+        ("bert", 6, 384, "4x312"),
+        ("electra", 6, 384, "layers:2,4,6"),
+        ("bert", 3, 384, "layers:3"),
+        ("bert", 6, 192, "layers:2,4,6"),
+        ("bert", 4, 312, "layers:2,4"),
+    ],
+    ids=["folded", "unknown family", "fewer layers", "narrower", "already of that size"],
+)
+def test_finetune_suggests_a_folded_student_where_the_teacher_can_be_folded(
+    tmp_path: Path, family: str, layers: int, width: int, expected: str
+) -> None:
+    config = make_encoder(family, layers=layers, width=width).config
+    config.num_attention_heads, config.intermediate_size = 12, 4 * width
+    model = AutoModelForSequenceClassification.from_config(config)
+    Encoder(model, make_tokenizer()).save(tmp_path)
+    assert _student(tmp_path) == expected
 
 
 def test_distill_prints_its_metrics_as_one_object(distilled: tuple[Path, Any]) -> None:

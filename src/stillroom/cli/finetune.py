@@ -57,7 +57,7 @@ def finetune(
     table.add_row(
         "teacher", *(f"{value:.4f}" for value in made["metrics"].values()), *frame.cost_cells(made)
     )
-    folder, student = shlex.quote(str(output)), _half(output)
+    folder, student = shlex.quote(str(output)), _student(output)
     frame.show(
         table,
         f"Teacher: {output}",
@@ -67,9 +67,16 @@ def finetune(
     )
 
 
-def _half(teacher: Path) -> str:
-    """Return a student of every second layer, or of the last one where the number is odd."""
-    from transformers import AutoConfig
+def _student(folder: Path) -> str:
+    """Return the student that docs/choose.md recommends: 4x312 where it can be folded, else layers.
 
-    depth = AutoConfig.from_pretrained(teacher).num_hidden_layers
+    The layers are every second one, or the last one alone where their number is odd.
+    """
+    from stillroom import encoder
+    from stillroom.student import resolve_start
+
+    teacher = encoder.load(str(folder))
+    depth = teacher.depth
+    if (depth, teacher.width) != (4, 312) and resolve_start("4x312", teacher, "auto") == "pca":
+        return "4x312"
     return f"layers:{depth if depth % 2 else ','.join(map(str, range(2, depth + 1, 2)))}"
