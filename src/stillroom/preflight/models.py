@@ -221,8 +221,7 @@ def perturbation(run: Run, report: Report) -> None:
     elif found.norm == "token" and found.epsilon >= 1:
         report.warn(
             f"The embeddings of every token are perturbed by {found.epsilon:g}. In trainings of a few "
-            "epochs that kept students from learning (docs/results.md), and "
-            "method.perturbation_norm=tensor did not."
+            "epochs that kept students from learning, and method.perturbation_norm=tensor did not."
         )
 
 

@@ -236,7 +236,7 @@ class _Worker:
             text = (
                 f"Warning: the trainings are not equally long: {unequal}. So a method may differ by its "
                 "training alone. To make them equal give training.epochs (or training.max_steps) and "
-                "training.batch_size by --set (docs/compare.md)."
+                "training.batch_size by --set."
             )
             console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
