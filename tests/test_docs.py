@@ -1,6 +1,7 @@
 """What the documents say holds: links lead somewhere, keys and options exist, the README's code runs."""
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -107,6 +108,39 @@ def test_readme_says_what_was_measured_of_each_method(name: str) -> None:
         whole = 100 * sum(mine for mine, _ in pairs) / sum(its for _, its in pairs)
         cells.append(f"{shares:.1f} % ({whole:.1f})")
     assert row.endswith(f"| {' | '.join(cells)} |")
+
+
+def test_card_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cards = importlib.import_module("cards")
+    tasks = json.loads((ROOT / "benchmarks/results.json").read_text())["tasks"]
+    for name in METHODS:
+        card = (ROOT / f"docs/methods/{name}.md").read_text(encoding="utf-8")
+        assert f"\n\n{cards.HEADING}{cards.line(name, tasks)}\n" in card, "run benchmarks/cards.py"
+
+
+def test_cards_compare_a_method_with_the_control_by_the_same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cards = importlib.import_module("cards")
+
+    def scores(*by_seed: float) -> dict[str, Any]:
+        return {"seeds": {str(seed): {"mcc": score} for seed, score in enumerate(by_seed)}, "steps": 9}
+
+    three, folded = cards.STUDENTS
+    teacher = {"metrics": {"mcc": 0.8}}
+    made = {
+        three: {"methods": {"none": scores(0.4, 0.6), "kd": scores(0.6, 0.7, 0.1)}},
+        folded: {"methods": {"none": scores(0.7), "kd": scores(0.72, 0.1), "pkd": scores()}},
+    }
+    tasks = {"a": {"metric": "mcc", "teacher": teacher, "students": made}}
+    # (0.6 + 0.7) / 2 of 0.8 beside (0.4 + 0.6) / 2, and 0.72 beside 0.7.
+    assert (
+        "9 steps, as the mean over 1 tasks of GLUE: 81.2 % by three layers (62.5 % without a teacher, "
+        "seeds 0, 1); 90.0 % by 4x312 folded from it (87.5 % without a teacher, seed 0)."
+    ) in cards.line("kd", tasks)
+    assert "62.5 % by three layers (seeds 0, 1); 87.5 % by" in cards.line("none", tasks)
+    assert cards.line("pkd", tasks) == cards.line("mixture", tasks)
+    assert cards.line("pkd", tasks).startswith("Not measured")
 
 
 def printed() -> Iterator[str]:
