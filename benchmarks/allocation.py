@@ -12,6 +12,8 @@ import statistics
 import subprocess
 import sys
 
+from toys import machine
+
 SETTINGS = {
     "default": {"THP_MEM_ALLOC_ENABLE": "0"},
     "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},
@@ -42,7 +44,7 @@ def main() -> None:
             "milliseconds": round(statistics.median(ms for ms, _ in found), 2),
             "page_faults": statistics.median(faults for _, faults in found),
         }
-    print(json.dumps(results, indent=2))
+    print(json.dumps({"machine": machine(), **results}, indent=2))
 
 
 if __name__ == "__main__":

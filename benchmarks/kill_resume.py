@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from toys import machine
+
 STUDENTS = ("student/model.safetensors", "control/student/model.safetensors")
 REAL = ["--dataset", "builtin/verdicts", "--set", "dataset.train_rows=640"]
 
@@ -158,7 +160,7 @@ def main() -> None:
     layers = "layers:2,4" if options.tiny else "layers:2,4,6"
     command = distillation(teacher, data, "--student", layers)
     found = compare(command, work / "runs", options.kills, options.seed)
-    print(json.dumps(found, indent=2))
+    print(json.dumps({"machine": machine(), **found}, indent=2))
     sys.exit(0 if found["identical"] else 1)
 
 

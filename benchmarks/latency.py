@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from toys import machine
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from stillroom import bench, encoder, export
@@ -62,15 +63,15 @@ def measure(work: Path, formats: str, threads: int, batch: int, length: int) -> 
             fixed_lengths=[length],
         )
     models = [work / "12x768", work / "4x312", work / "export", work / FIXED]
-    return bench(models, threads=[threads], batches=[batch], lengths=[length])
+    return bench(models, threads=[threads], batches=[batch], lengths=[length]) | {"machine": machine()}
 
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the table, and the goals with what was found."""
-    machine = found["environment"]
+    place = found["environment"]
     rows = found["times"]
     lines = [
-        f"{machine['processor']}, {machine['machine']}, torch {machine['torch']}; "
+        f"{place['processor']}, {place['machine']}, torch {place['torch']}; "
         f"batch {rows[0]['batch']}, length {rows[0]['length']}, {rows[0]['threads']} threads.",
         "",
         "| model | form | precision | median, ms | p95, ms | times faster | MB | times smaller "

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from toys import machine
 
 from stillroom.deploy.answers import answer
 from stillroom.deploy.predictor import Predictor
@@ -125,7 +126,8 @@ def measure(port: int, given: argparse.Namespace) -> dict[str, Any]:
         ]
         found = [job.result(given.seconds + 2 * TIMEOUT) for job in jobs]
     ms = np.array([value for counts in found for value in counts.ms])
-    result = {
+    result: dict[str, Any] = {
+        "machine": machine(),
         "clients": given.clients,
         "requests": len(ms),
         "requests_per_second": len(ms) / given.seconds,

@@ -15,7 +15,6 @@ and to `kd+hidden`: its median over rounds, with the teacher's pass and (`studen
 
 import argparse
 import json
-import os
 import random
 import statistics
 import time
@@ -246,23 +245,17 @@ def main() -> None:
         if runs:
             taught.add(name)
     found = summary(measure(steps, batches, options.warmup), taught)
-    here = toys.machine()
-    machine = {
-        "machine": here["gpu"] or here["processor"],
-        "date": here["date"],
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
+    machine = toys.machine() | {"threads": torch.get_num_threads()}
+    settings = {
         "precision": "bf16" if bf16 else "float32",
         "data": dataset.task.name,
         "tokens per row": round(float(np.mean([tokens.lengths[index].mean() for index in full])), 1),
         "rounds": len(batches) - options.warmup,
     }
     if options.json:
-        print(json.dumps({"methods": found, **machine}, indent=2))
+        print(json.dumps({"methods": found, "machine": machine, **settings}, indent=2))
         return
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(", ".join(f"{key} {value}" for key, value in (machine | settings).items()))
     for name, row in found.items():
         print(f"{name:24}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
 

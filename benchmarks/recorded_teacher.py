@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from toys import machine
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from stillroom.data.batching import epoch_batches, make_batch
@@ -77,7 +78,7 @@ def main() -> None:
             "open_again_seconds": round(served["recording_seconds"], 3),
             "cache_mb": round(served["bytes"] / 1e6, 1),
         }
-        print(json.dumps(figures))
+        print(json.dumps(figures | {"machine": machine()}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ variant has its method's); the validation split is used only to report. Nothing 
 student is that of the last step. All methods take equally many steps. What is done is skipped and a run
 that was killed goes on, so that a killed measurement continues; seed by seed, so that one that is cut
 short compares what it has. Several of these, each with other --tasks or --students, can share a --work;
---json collects all that is there. `--tiny` is a trial of a minute.
+--json collects all that is there, and says under `collected` where, when and at which commit it did:
+trainings may be older. `--tiny` is a trial of a minute.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
+from toys import machine
 
 from stillroom import Comparison, FinetuneRecipe, compare, durable, finetune
 from stillroom.errors import RunFailed
@@ -415,6 +417,7 @@ class Measurement:
             },
             "tuning": {arm.name: self.tuning(arm) for arm in self.arms if not arm.augmented},
             "dates": dates(folders),
+            "collected": machine(),
             "tasks": {},
         }
         for (task, arm, _), compared in zip(places, found, strict=True):

@@ -94,8 +94,27 @@ def in_process(script: str, arguments: list[object], *, threads: int) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def commit(folder: Path = Path(__file__).parents[1]) -> str | None:
+    """Return the short hash of what is checked out, with `+` if tracked files differ; None outside git."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
+
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+    except FileNotFoundError:
+        return None
+    # A measurement is written over the figures of the last one, which the shell has emptied by then.
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/*.json").returncode
+    return head.stdout.strip() + "+" * bool(changed) if head.returncode == 0 else None
+
+
+# At the start: a commit that is made while something is measured is not what was measured.
+COMMIT = commit()
+
+
 def machine() -> dict[str, object]:
-    """Return where and when a measurement was made."""
+    """Return where, when and of which commit a measurement was made."""
     processor = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -108,5 +127,6 @@ def machine() -> dict[str, object]:
         "bf16_instructions": torch.cpu._is_avx512_bf16_supported(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
+        "commit": COMMIT,
         "load_at_end": os.getloadavg()[0],
     }
