@@ -9,7 +9,7 @@
 
 Teacher: minilm-l6 fine-tuned on each task. Students: layers of it, and sizes from a start (`STUDENT@INIT`;
 RUN is a folder that `stillroom pretrain` made), on the training rows alone or with rows of replaced words
-beside them. Learning rates are tuned on a fold of SST-2's training rows, for each method and student (a
+beside them. Learning rates are tuned on held-out training rows of SST-2, for each method and student (a
 variant has its method's); the validation split is used only to report. Nothing is selected on it: the
 student is that of the last step. All methods take equally many steps. What is done is skipped and a run
 that was killed goes on, so that a killed measurement continues; seed by seed, so that one that is cut
@@ -146,7 +146,7 @@ BATCH_SIZE = 32
 COPIES = 2
 OTHER_ROWS = 2_000
 GENERATOR_EPOCHS = 10
-FOLD = Plan(teacher_epochs=2, steps=250)
+TUNING = Plan(teacher_epochs=2, steps=250)
 
 
 @dataclass(frozen=True)
@@ -203,16 +203,16 @@ class Measurement:
                 self.tune(replace(arm, augmented=False))
 
     def tune(self, arm: Arm) -> None:
-        """Try each rate of each method on the fold."""
+        """Try each rate of each method on the held-out rows."""
         if self.chosen(arm).keys() >= set(self.methods):
             return
-        fold = {"name": str(make_fold(self.work, self.data_dir))}
-        self.teacher("tuning", fold, FOLD)
+        rows = {"name": str(hold_out(self.work, self.data_dir))}
+        self.teacher("tuning", rows, TUNING)
         variants = self.variants({name: METHODS[name] for name in self.methods})
         tried = {
             f"{name} {rate:g}": (method, rate) for rate in self.rates for name, method in variants.items()
         }
-        wanted = self.comparison("tuning", arm, fold, tried, FOLD.steps, [0])
+        wanted = self.comparison("tuning", arm, rows, tried, TUNING.steps, [0])
         compare(wanted, self.folder("tuning", arm), workers=self.workers)
 
     def run(self) -> None:
@@ -275,12 +275,12 @@ class Measurement:
     def generator(self) -> Path:
         """Return the masked language model of SST-2's text, made unless that is done."""
         place = self.work / "generator"
-        make_fold(self.work, self.data_dir)
+        hold_out(self.work, self.data_dir)
         with durable.locked(self.work / "tuning", wait=True):
             if not (place / "metrics.json").exists():
                 shutil.rmtree(place, ignore_errors=True)
                 text = self.work / "tuning" / "text.txt"
-                rows = pq.read_table(self.work / "tuning" / "fold" / "train.parquet")["sentence"]
+                rows = pq.read_table(self.work / "tuning" / "rows" / "train.parquet")["sentence"]
                 text.write_text("\n".join(rows.to_pylist()), encoding="utf-8")
                 settings = masked_lm.Settings(epochs=GENERATOR_EPOCHS)
                 texts = generator.read_texts([text])
@@ -355,7 +355,7 @@ class Measurement:
         return found
 
     def chosen(self, arm: Arm) -> dict[str, float]:
-        """Return the best learning rate on the fold for each method that was tuned."""
+        """Return the best learning rate on the held-out rows for each method that was tuned."""
         if len(self.rates) == 1:
             return dict.fromkeys(METHODS, self.rates[0])
         scores = self.tuning(arm)
@@ -366,7 +366,7 @@ class Measurement:
         }
 
     def tuning(self, arm: Arm) -> dict[str, float]:
-        """Return accuracy on the fold by method and rate; empty if that is not done."""
+        """Return accuracy on the held-out rows by method and rate; empty if that is not done."""
         place = self.folder("tuning", arm)
         if not (place / "compare.json").exists():
             return {}
@@ -476,9 +476,9 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "compare.json").read_text())
 
 
-def make_fold(work: Path, data_dir: Path) -> Path:
-    """Write 10,000 of SST-2's training rows as two files: every fifth is the fold to tune on."""
-    folder = work / "tuning" / "fold"
+def hold_out(work: Path, data_dir: Path) -> Path:
+    """Write 10,000 of SST-2's training rows as two files: every fifth is held out to tune on."""
+    folder = work / "tuning" / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     with durable.locked(work / "tuning", wait=True):
         table = pq.read_table(data_dir / "glue" / "sst2" / "train.parquet").select(["sentence", "label"])

@@ -63,7 +63,7 @@ def test_every_combination_is_tried_and_the_best_is_a_recipe(
         (t["values"]["training.learning_rate"], t["values"]["method.temperature"]) for t in found["trials"]
     ]
     assert tried == [(1e-6, 1), (1e-6, 2), (5e-3, 1), (5e-3, 2)]
-    assert (found["split"], found["rows"], found["objectives"]) == ("fold", 24, ["quality"])
+    assert (found["split"], found["rows"], found["objectives"]) == ("held-out", 24, ["quality"])
     qualities = {one["run"]: one.get("quality", -1.0) for one in found["trials"]}
     best = found["best"][0]
     assert qualities[best] == max(qualities.values())

@@ -59,9 +59,9 @@ def sweep(
         ),
     ] = None,
     split: Annotated[
-        Literal["fold", "validation"] | None,
+        Literal["held-out", "validation"] | None,
         typer.Option(
-            help="What is scored. fold (the default): a tenth of the training rows, so that nothing is "
+            help="What is scored. held-out (the default): a tenth of the training rows, so that nothing is "
             "tuned on the split that is reported.",
             rich_help_panel=WHAT,
         ),
@@ -176,7 +176,7 @@ def _show(found: dict[str, Any], folder: Path) -> None:
     rest = [one for one in done if one["run"] not in found["best"]]
     rest.sort(key=lambda one: -one.get("quality", 0.0))
     keys = list(done[0]["values"])
-    rows = f"{found['rows']} {'held-out training' if found['split'] == 'fold' else 'validation'} rows"
+    rows = f"{found['rows']} {'held-out training' if found['split'] == 'held-out' else 'validation'} rows"
     table = frame.table(
         {
             "run": "left",

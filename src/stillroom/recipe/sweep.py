@@ -85,7 +85,7 @@ class Sweep(Recipe):
         "quality",
     )
     """`quality` (the first metric), `latency` (ms per example), `size` (bytes of the weights)."""
-    split: Literal["fold", "validation"] = "fold"
+    split: Literal["held-out", "validation"] = "held-out"
     """What is scored: a tenth of the training rows, which is not trained on, or the validation split."""
     prune: bool = True
     """Stop runs whose evaluations are below the median of earlier runs; with one objective only."""

@@ -277,7 +277,7 @@ class _Worker:
         if key not in self._commons:
             # One at a time: another teacher is rarely tried, and would fill the memory.
             self._commons.clear()
-            change = hold_out if self._sweep.split == "fold" else None
+            change = hold_out if self._sweep.split == "held-out" else None
             common = Common.load(recipe, console, change=change)
             logits = None
             if common.teaches:
