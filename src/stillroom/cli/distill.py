@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stillroom.cli import frame
-from stillroom.errors import WrongInput
+from stillroom.cli import frame, opening
 
 EXAMPLES = frame.examples(
     "stillroom distill --teacher runs/teacher --dataset builtin/verdicts --student layers:2,4,6 -o runs/a",
@@ -20,53 +19,30 @@ EXAMPLES = frame.examples(
     "--method kd -o runs/d",
     "stillroom distill --resume runs/b",
 )
-WHAT = "What to distil"
 
 
 def distill(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(metavar="RECIPE.yaml", help="A recipe; options given beside it take precedence."),
-    ] = None,
+    recipe: opening.RecipeFile = None,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Fine-tuned encoder: a folder or a hub id.", rich_help_panel=WHAT),
-    ] = None,
-    student: Annotated[
-        str | None,
         typer.Option(
-            metavar="S",
-            help="A size such as 4x312 (the default), layers:2,4,6 of the teacher, or a checkpoint.",
-            rich_help_panel=WHAT,
+            metavar="DIR", help="Fine-tuned encoder: a folder or a hub id.", rich_help_panel=opening.WHAT
         ),
     ] = None,
-    init: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOW",
-            help="How the student starts: random, teacher (its layers, copied), pca (its layers, folded "
-            "into fewer dimensions), or a checkpoint. Default: pca for a size that fits into the teacher, "
-            "teacher for layers.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    student: opening.Student = None,
+    init: opening.Init = None,
     method: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="One of `stillroom methods`; lrc-bert is the default.",
-            rich_help_panel=WHAT,
+            rich_help_panel=opening.WHAT,
         ),
     ] = None,
     dataset: frame.OptionalDataset = None,
     data_dir: frame.DataDir = None,
     augmented: frame.Augmented = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="RUN", help="The run folder, new or empty.", rich_help_panel=frame.RUN
-        ),
-    ] = None,
+    output: opening.Output = None,
     given: frame.Overrides = None,
     seed: frame.Seed = None,
     control: Annotated[
@@ -85,14 +61,7 @@ def distill(
             rich_help_panel=frame.RUN,
         ),
     ] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="Go on with a run that was stopped or killed; it needs no other option.",
-            rich_help_panel=frame.RUN,
-        ),
-    ] = None,
+    resume: opening.Resume = None,
     as_json: frame.AsJson = False,
 ) -> None:
     """Distil a teacher into a small student, and say what it kept."""
@@ -118,17 +87,9 @@ def distill(
         from stillroom.run.distill import distill
 
         if resume is not None:
-            beside = [name for name, value in fixed.items() if value is not None]
-            if beside:
-                raise WrongInput(
-                    "A run goes on with its own recipe: expected --resume alone, found "
-                    f"{', '.join(beside)} beside it. Leave that out, or start a new run with -o."
-                )
+            opening.require_alone(fixed)
             return distill(None, folder, resume=True, console=console)
-        if output is None and not dry_run:
-            raise WrongInput(
-                "Expected a folder for the run: give -o RUN, or --resume RUN to go on with one."
-            )
+        opening.require_folder(output, dry_run=dry_run)
         loaded = Recipe.load(
             recipe,
             frame.overrides(given, data_dir=data_dir, augmented=augmented, seed=seed),
@@ -141,38 +102,15 @@ def distill(
         )
         return distill(loaded, output, dry_run=dry_run, console=console)
 
-    found = frame.execute(work, as_json=as_json, stopped=lambda: _how_to_go_on(folder), together=True)
+    found = frame.execute(
+        work, as_json=as_json, stopped=lambda: opening.how_to_go_on("distill", folder), together=True
+    )
     if as_json:
         return
     if dry_run:
-        show_checks(found)
+        opening.show_checks(found)
     else:
         _show(found, folder)
-
-
-def _how_to_go_on(folder: Path) -> str:
-    if (folder / "recipe.yaml").exists():
-        return f"Stopped. Go on with: stillroom distill --resume {shlex.quote(str(folder))}"
-    return "Stopped before the first step; there is nothing to go on with."
-
-
-def show_checks(found: dict[str, Any]) -> None:
-    """Print what the checks of a dry run found."""
-    table = frame.table({"check": "left", "found": "left"}, title="Nothing stands in the way of this run.")
-    for name, value in found.items():
-        if name != "warnings":
-            table.add_row(name.replace("_", " "), _text(value))
-    frame.show(table)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_text(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
 
 
 def _show(found: dict[str, Any], folder: Path) -> None:

@@ -8,9 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stillroom.cli import frame
-from stillroom.cli.distill import show_checks
-from stillroom.errors import WrongInput
+from stillroom.cli import frame, opening
 
 EXAMPLES = frame.examples(
     "stillroom pretrain --teacher minilm-l6 --text corpus --student 4x312 -o runs/pretrained",
@@ -18,18 +16,16 @@ EXAMPLES = frame.examples(
     "--set training.max_steps=10000 -o runs/pretrained",
     "stillroom pretrain --resume runs/pretrained",
 )
-WHAT = "What to distil"
 
 
 def pretrain(
-    recipe: Annotated[
-        Path | None,
-        typer.Argument(metavar="RECIPE.yaml", help="A recipe; options given beside it take precedence."),
-    ] = None,
+    recipe: opening.RecipeFile = None,
     teacher: Annotated[
         str | None,
         typer.Option(
-            metavar="M", help="Pretrained encoder: a folder, a hub id, or minilm-l6.", rich_help_panel=WHAT
+            metavar="M",
+            help="Pretrained encoder: a folder, a hub id, or minilm-l6.",
+            rich_help_panel=opening.WHAT,
         ),
     ] = None,
     text: Annotated[
@@ -38,42 +34,21 @@ def pretrain(
             metavar="FILE",
             help="Text: .txt (an empty line ends a document), .jsonl, .parquet, .csv or .tsv, or a folder "
             "of these; may be repeated.",
-            rich_help_panel=WHAT,
+            rich_help_panel=opening.WHAT,
         ),
     ] = None,
-    student: Annotated[
-        str | None,
-        typer.Option(
-            metavar="S",
-            help="A size such as 4x312 (the default), layers:2,4,6 of the teacher, or a checkpoint.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    init: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOW",
-            help="How the student starts: random, teacher (its layers, copied), pca (its layers, folded "
-            "into fewer dimensions), or a checkpoint. Default: pca for a size that fits into the teacher, "
-            "teacher for layers.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    student: opening.Student = None,
+    init: opening.Init = None,
     method: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="minilm (the default), minilmv2, tinybert, lrc-bert; distilbert and codir, whose teacher "
             "needs a masked-LM head.",
-            rich_help_panel=WHAT,
+            rich_help_panel=opening.WHAT,
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o", "--output", metavar="RUN", help="The run folder, new or empty.", rich_help_panel=frame.RUN
-        ),
-    ] = None,
+    output: opening.Output = None,
     given: frame.Overrides = None,
     seed: frame.Seed = None,
     dry_run: Annotated[
@@ -84,14 +59,7 @@ def pretrain(
             rich_help_panel=frame.RUN,
         ),
     ] = False,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="Go on with a run that was stopped or killed; it needs no other option.",
-            rich_help_panel=frame.RUN,
-        ),
-    ] = None,
+    resume: opening.Resume = None,
     as_json: frame.AsJson = False,
 ) -> None:
     """Distil an encoder on raw text: make a start for students of any task.
@@ -118,17 +86,9 @@ def pretrain(
         from stillroom.run.pretrain import pretrain
 
         if resume is not None:
-            beside = [name for name, value in fixed.items() if value is not None]
-            if beside:
-                raise WrongInput(
-                    "A run goes on with its own recipe: expected --resume alone, found "
-                    f"{', '.join(beside)} beside it. Leave that out, or start a new run with -o."
-                )
+            opening.require_alone(fixed)
             return pretrain(None, folder, resume=True, console=console)
-        if output is None and not dry_run:
-            raise WrongInput(
-                "Expected a folder for the run: give -o RUN, or --resume RUN to go on with one."
-            )
+        opening.require_folder(output, dry_run=dry_run)
         # As an override, it leaves the rest of a recipe's section `text`.
         files = [f"text.files={json.dumps([str(path) for path in text])}"] if text else []
         loaded = PretrainRecipe.load(
@@ -141,11 +101,13 @@ def pretrain(
         )
         return pretrain(loaded, output, dry_run=dry_run, console=console)
 
-    found = frame.execute(work, as_json=as_json, stopped=lambda: _how_to_go_on(folder), together=True)
+    found = frame.execute(
+        work, as_json=as_json, stopped=lambda: opening.how_to_go_on("pretrain", folder), together=True
+    )
     if as_json:
         return
     if dry_run:
-        show_checks(found)
+        opening.show_checks(found)
         return
     table = frame.table({"on held-out text": "left", "before": "right", "after": "right"})
     for name, after in found["held_out"]["after"].items():
@@ -160,9 +122,3 @@ def pretrain(
         f"Report: {folder / 'report.html'}",
         f"Next: stillroom distill --teacher T --dataset D --student {shlex.quote(str(folder))} -o RUN",
     )
-
-
-def _how_to_go_on(folder: Path) -> str:
-    if (folder / "recipe.yaml").exists():
-        return f"Stopped. Go on with: stillroom pretrain --resume {shlex.quote(str(folder))}"
-    return "Stopped before the first step; there is nothing to go on with."
