@@ -20,6 +20,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from stillroom import encoder
 
+VALIDATION = 64
+"""Few rows to validate on: the benchmarks time training."""
+
 
 def model_config(layers: int, width: int, heads: int) -> Any:
     """Return the configuration of a BERT with minilm-l6's vocabulary and two classes."""
@@ -38,18 +41,15 @@ def make_model(folder: Path, layers: int, width: int, heads: int) -> Path:
     return folder
 
 
-def make_rows(folder: Path, data: Path, task: str, rows: int, *, validation: int = 64) -> Path:
-    """Write the first rows of a GLUE task as train.csv and validation.csv, and return the folder.
-
-    Few rows to validate on: the benchmarks time training.
-    """
+def make_rows(folder: Path, data: Path, task: str, rows: int) -> Path:
+    """Write the first rows of a GLUE task as train.csv and validation.csv, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     table = pq.read_table(data / "glue" / task / "train.parquet")
     table = table.drop_columns([name for name in table.column_names if name == "idx"])
-    while len(table) < rows + validation:
+    while len(table) < rows + VALIDATION:
         table = pa.concat_tables([table, table])
     pc.write_csv(table.slice(0, rows), folder / "train.csv")
-    pc.write_csv(table.slice(rows, validation), folder / "validation.csv")
+    pc.write_csv(table.slice(rows, VALIDATION), folder / "validation.csv")
     return folder
 
 

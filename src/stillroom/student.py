@@ -240,7 +240,7 @@ def _heads(width: int) -> int:
     return next(heads for heads in range(-(-width // 64), width + 1) if width % heads == 0)
 
 
-def _from_size(size: Size, teacher: Encoder, task: Task | None, layers: tuple[int, ...] = ()) -> Encoder:
+def _from_size(size: Size, teacher: Encoder, task: Task | None, layers: tuple[int, ...]) -> Encoder:
     config = copy.deepcopy(teacher.config)
     if task is not None:
         encoder.describe_task(config, task)

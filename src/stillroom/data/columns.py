@@ -145,7 +145,7 @@ def require_as_many(
         )
 
 
-def _label_column(table: Table, given: str | None, text: tuple[str, ...], *, optional: bool = False) -> str:
+def _label_column(table: Table, given: str | None, text: tuple[str, ...], *, optional: bool) -> str:
     if given is not None:
         if not optional:
             _require_column(table, given, "dataset.label")
@@ -172,9 +172,7 @@ def _require_column(table: Table, column: str, key: str = "") -> None:
         )
 
 
-def _labels(
-    table: Table, column: str, kind: str, names: Sequence[str], *, optional: bool = False
-) -> list[Any]:
+def _labels(table: Table, column: str, kind: str, names: Sequence[str], *, optional: bool) -> list[Any]:
     """Return the label column; a value that is missing is an error, or None where labels are optional.
 
     One of `MISSING` is always an error, as it may be a class, unless it is one of `names`.

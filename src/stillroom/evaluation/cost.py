@@ -16,6 +16,8 @@ from stillroom.data.tokens import TokenisedRows
 from stillroom.encoder import Encoder, Needs
 
 _WARMUP = 5
+_TIMED = 50
+"""Most rows that are timed."""
 
 
 def parameters(encoder: Encoder) -> tuple[int, int]:
@@ -66,21 +68,19 @@ def of(encoder: Encoder, place: str | Path, ms: float) -> dict[str, Any]:
     }
 
 
-def milliseconds(
-    models: Sequence[tuple[Encoder, TokenisedRows]], *, bf16: bool, rows: int = 50
-) -> list[float]:
+def milliseconds(models: Sequence[tuple[Encoder, TokenisedRows]], *, bf16: bool) -> list[float]:
     """Return each model's median milliseconds per example, one example at a time.
 
-    The models take turns on the same rows, so that a machine whose speed drifts is fair to all.
+    The models take turns on the same rows, evenly spread over the split, so that a machine whose speed
+    drifts is fair to all.
 
     Args:
         models: Encoders with a split as each tokenises it.
         bf16: Whether to compute in bf16 autocast.
-        rows: How many rows of the split are timed, evenly spread.
     """
     times: list[list[float]] = [[] for _ in models]
     count = len(models[0][1])
-    chosen = np.linspace(0, count - 1, min(rows, count)).astype(int)
+    chosen = np.linspace(0, count - 1, min(_TIMED, count)).astype(int)
     turns = [*chosen[:_WARMUP], *chosen]
     for turn, row in enumerate(turns):
         for (encoder, tokens), kept in zip(models, times, strict=True):

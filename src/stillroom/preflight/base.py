@@ -141,6 +141,6 @@ def row_numbers(index: Sequence[int] | np.ndarray) -> str:
     return f"row{'s' if len(index) > 1 else ''} {numbers}{more}"
 
 
-def shortened(text: str, most: int = 80) -> str:
-    """Return the text in quotes, cut to `most` characters."""
-    return repr(text if len(text) <= most else text[: most - 3] + "...")
+def shortened(text: str) -> str:
+    """Return the text in quotes, cut to 80 characters."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")

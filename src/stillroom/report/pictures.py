@@ -247,7 +247,7 @@ def reliability(
         )
 
 
-def heat(flows: Mapping[str, np.ndarray], caption: str, *, title: str | None = None) -> Picture:
+def heat(flows: Mapping[str, np.ndarray], caption: str, *, title: str | None) -> Picture:
     """Return how much flows from each student layer (rows) to each teacher layer (columns).
 
     One panel for each transport problem, by name. A square holds its share of all that flows, in per
