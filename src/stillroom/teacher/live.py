@@ -76,7 +76,8 @@ class LiveTeacher:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16), self._even_attention():
             given: dict[str, Any] = {"words": words}
             if self.bf16 and not torch.is_grad_enabled() and can_block(self._device):
-                return self._blocked(inputs, needs, **given).float()
+                blocked_outputs: Outputs = self._blocked(inputs, needs, **given)
+                return blocked_outputs.float()
             # Not tied: an embedding that a decoder shares is not rounded.
             outputs: Outputs = functional_call(
                 self.encoder, self._rounded, (inputs, needs), given, tie_weights=False
