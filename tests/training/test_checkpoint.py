@@ -157,15 +157,17 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_gives_way_to_an_older_one_with_a_warning(tmp_path: Path, how: str) -> None:
     save_steps(tmp_path, 1, 2, 3)
+    # A name that rich would take for markup.
+    folder = (tmp_path / "c").rename(tmp_path / "[red]c")
     for step in (2, 3):
-        DAMAGES[how](tmp_path / "c" / f"step-0000000{step}")
+        DAMAGES[how](folder / f"step-0000000{step}")
     shown = io.StringIO()
-    found = checkpoint.newest_sound(tmp_path / "c", Console(file=shown, width=1000))
-    assert found == tmp_path / "c" / "step-00000001"
+    found = checkpoint.newest_sound(folder, Console(file=shown, width=1000))
+    assert found == folder / "step-00000001"
     assert shown.getvalue().count("Warning") == 2
-    assert "step-00000003 is damaged" in shown.getvalue()
-    DAMAGES[how](tmp_path / "c" / "step-00000001")
-    assert checkpoint.newest_sound(tmp_path / "c", QUIET) is None
+    assert f"{folder / 'step-00000003'} is damaged" in shown.getvalue()
+    DAMAGES[how](folder / "step-00000001")
+    assert checkpoint.newest_sound(folder, QUIET) is None
 
 
 def test_a_file_that_a_desktop_leaves_in_a_checkpoint_does_not_make_it_damaged(tmp_path: Path) -> None:

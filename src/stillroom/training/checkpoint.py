@@ -104,7 +104,9 @@ def newest_sound(folder: Path, console: Console) -> Path | None:
         wrong = durable.damage(path)
         if wrong is None:
             return path
-        console.print(f"[yellow]Warning:[/] checkpoint {path} is damaged ({wrong}); trying an older one.")
+        # Not as markup: a folder may be named [/a].
+        warning = f"Warning: checkpoint {path} is damaged ({wrong}); trying an older one."
+        console.print(warning, style="yellow", markup=False)
     return None
 
 
