@@ -471,12 +471,13 @@ def test_content_of_padding_changes_neither_value_nor_gradient(vector: str) -> N
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("label_aware", [False, True])
 @pytest.mark.parametrize(("vector", "negatives"), CHOICES)
 def test_gradients_reach_student_and_every_projection_and_not_the_teacher(
-    vector: str, negatives: str
+    vector: str, negatives: str, label_aware: bool
 ) -> None:
     student, teacher = random(3, 4, 2, 5).requires_grad_(), random(3, 4, 2, 4, seed=1).requires_grad_()
-    term = make_term(student, teacher, vector=vector, negatives=negatives)
+    term = make_term(student, teacher, vector=vector, negatives=negatives, label_aware=label_aware)
     value(term, student, teacher, torch.ones(4, 2, dtype=torch.int64)).backward()
     assert teacher.grad is None
     assert (term.projection.grad.flatten(1).norm(dim=1) > 1e-6).all()

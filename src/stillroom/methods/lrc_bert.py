@@ -110,7 +110,7 @@ class CosNCE(Term):
         if self.settings.vector == "token":
             cosine_LBG = token_cosines(states, everyone, mask_BS, share.gather(mask_BS))
         elif self.settings.label_aware:
-            cosine_LBG = F.normalize(states, dim=-1) @ F.normalize(everyone, dim=-1).mT
+            cosine_LBG = F.normalize(states, dim=-1) @ F.normalize(everyone.detach(), dim=-1).mT
         else:
             return pooled_cos_nce(states, goals, None if share.whole else everyone).mean(1).sum()
         negative_BG = self._negatives(cosine_LBG[0], batch)
