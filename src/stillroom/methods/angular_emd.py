@@ -26,7 +26,7 @@ from stillroom.recipe import Settings
 
 
 class AngularEMDSettings(Settings):
-    """Options of `angular-emd`. Defaults are those of `lrc-bert` and `bert-emd`, but for the norm."""
+    """Options of `angular-emd`. Defaults are those of `lrc-bert` and `bert-emd`."""
 
     alpha: Annotated[float, Field(gt=0)] = 1.0
     """Weight of the transport cost, in both stages."""

@@ -33,7 +33,10 @@ from stillroom.recipe import Settings
 
 
 class LRCBertSettings(Settings):
-    """Options of `lrc-bert`. Defaults are those of the two re-implementations where they agree."""
+    """Options of `lrc-bert`. Defaults are those of the two re-implementations where they agree.
+
+    Only GLMKD perturbs, with a norm of each token: `perturbation_norm` of `tensor` is our own.
+    """
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """Weight of COS-NCE (summed over layers), in both stages."""
