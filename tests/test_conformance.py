@@ -6,6 +6,7 @@ A new method needs a row here and no new test.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,10 +18,11 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 from stillroom.data.batching import Batch, Inputs
-from stillroom.encoder import Encoder, Needs, weights_hash
+from stillroom.encoder import Encoder, Needs, Outputs, weights_hash
 from stillroom.errors import WrongInput
 from stillroom.methods import METHODS
-from stillroom.methods.base import Stage
+from stillroom.methods.base import Context, Stage
+from stillroom.ops.prediction import soft_cross_entropy, soft_label_loss
 from stillroom.training import checkpoint
 from stillroom.training.augmentation import Augmenter
 from stillroom.training.distiller import Distiller
@@ -201,6 +203,56 @@ def test_every_choice_of_every_option_has_a_row(name: str) -> None:
     for option, field_ in METHODS[name].settings.model_fields.items():
         tried = {str(row.get(option, field_.default)) for row in rows}
         assert {str(choice) for choice in choices(field_.annotation)} <= tried, option
+
+
+SoftLoss = Callable[..., torch.Tensor]
+over_classes: SoftLoss = partial(soft_cross_entropy, mean_over_classes=True)
+
+
+def unscaled(student: torch.Tensor, teacher: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """Return TinyBERT's, without the factor T squared."""
+    return over_classes(student, teacher, temperature=temperature) / temperature**2
+
+
+TEMPERATURES: dict[str, tuple[float, SoftLoss]] = {
+    "kd": (2.0, soft_label_loss),
+    "lrc-bert": (1.1, soft_label_loss),
+    "codir": (2.0, soft_label_loss),
+    "bert-emd": (1.0, over_classes),
+    "angular-emd": (1.1, soft_label_loss),
+    "pkd": (10.0, soft_label_loss),
+    "distilbert": (2.0, soft_label_loss),
+    "rail-kd": (10.0, soft_label_loss),
+    "tinybert": (1.0, unscaled),
+    "minilm": (2.0, soft_label_loss),
+    "minilmv2": (2.0, soft_label_loss),
+}
+"""T of the soft labels by default, as the method's card has it, and their loss."""
+
+
+def test_every_method_with_a_temperature_is_in_the_table() -> None:
+    fields = {name: METHODS[name].settings.model_fields for name in METHODS}
+    assert {name for name in METHODS if "temperature" in fields[name]} == set(TEMPERATURES)
+
+
+@pytest.mark.parametrize("name", TEMPERATURES)
+@pytest.mark.parametrize("temperature", [None, 3.0], ids=["default", "3"])
+def test_soft_labels_are_taken_at_the_temperature_that_is_set(name: str, temperature: float | None) -> None:
+    """Lost on its way to the term, T = 10 would be 1, and the loss another by a factor near 100."""
+    method, (default, loss) = METHODS[name], TEMPERATURES[name]
+    options: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    if "soft_weight" in method.settings.model_fields:
+        options["soft_weight"] = 0.5  # MiniLM's have none by default.
+    context = Context("classification", 3, 300, 2, 16, 4, 24, labels=np.arange(300) % 3)
+    logits = 2 * torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student, teacher = map(Outputs, logits)
+    inputs = Inputs(torch.zeros(5, 1), torch.ones(5, 1), None)
+    batch = Batch(inputs, inputs, torch.zeros(5, dtype=torch.int64), torch.arange(5))
+    builds = [method.build, method.pretrain] if method.masked_lm else [method.build]
+    for build in builds:
+        found = build(method.settings(**options), context).terms["soft"](student, teacher, batch)
+        want = loss(student.logits, teacher.logits, temperature=temperature or default)
+        assert found.item() == pytest.approx(want.item(), rel=1e-12)
 
 
 @every_row
