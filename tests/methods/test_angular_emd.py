@@ -108,6 +108,21 @@ def test_masses_move_after_a_step_only() -> None:
     assert torch.unique(still.masses.teacher).numel() == 1
 
 
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_masses_follow_the_temperature_that_is_set(temperature: float) -> None:
+    """By rule A1: ``softmax(r / T_emd)`` with ``r_k = sum_l u_l / u_k``."""
+    term = make_term(mass_rule="A1", mass_temperature=temperature)
+    term(*make_sides())
+    term.after_step()
+    solved = term.record()["hidden_states"]
+    moved = np.array(solved["flow"]) * np.array(solved["cost"])
+    for axis, side, found in ((1, "student", term.masses.student), (0, "teacher", term.masses.teacher)):
+        u = moved.sum(axis) / np.array(solved[f"{side}_masses"])
+        want = np.exp(u.sum() / u / temperature)
+        # The record has six digits.
+        np.testing.assert_allclose(found[0].numpy(), want / want.sum(), rtol=1e-4)
+
+
 def test_one_row_has_no_negatives() -> None:
     """Divided by nothing, the loss would be its positive part alone."""
     student, teacher, batch = make_sides()

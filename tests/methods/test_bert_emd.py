@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,45 @@ def test_masses_move_as_told(options: dict[str, Any], moves: bool, alike: bool) 
     student = term.masses.student
     assert (not torch.allclose(student, torch.full_like(student, 0.5))) == moves
     assert torch.equal(student[0], student[1]) == alike
+
+
+def masses_by_hand(problem: dict[str, Any], temperature: float) -> tuple[list[float], list[float]]:
+    """Return what rule A1 makes of one problem's record: ``softmax(r / T_emd)`` of both sides."""
+    F, D = problem["flow"], problem["cost"]
+    L, M = len(D), len(D[0])
+    w_S, w_T = problem["student_masses"], problem["teacher_masses"]
+    u_S = [sum(F[i][j] * D[i][j] for j in range(M)) / w_S[i] for i in range(L)]
+    u_T = [sum(F[i][j] * D[i][j] for i in range(L)) / w_T[j] for j in range(M)]
+    r_S, r_T = ([sum(u) / x for x in u] for u in (u_S, u_T))
+    return softmax([x / temperature for x in r_S]), softmax([x / temperature for x in r_T])
+
+
+def softmax(values: list[float]) -> list[float]:
+    total = sum(map(math.exp, values))
+    return [math.exp(value) / total for value in values]
+
+
+@pytest.mark.parametrize("coupling", ["coupled", "separate"])
+@pytest.mark.parametrize("rule", ["A1", "A2"])
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_masses_follow_the_rule_and_temperature_that_are_set(
+    temperature: float, rule: str, coupling: str
+) -> None:
+    """A2's second softmax is of the mean, where both problems share one."""
+    term = make_term(mass_rule=rule, mass_temperature=temperature, coupling=coupling)
+    term(*make_sides())
+    term.after_step()
+    record = term.record()
+    problems = [masses_by_hand(record[name], temperature) for name in ("attention", "hidden_states")]
+    for side, found in enumerate((term.masses.student, term.masses.teacher)):
+        want = [problem[side] for problem in problems]
+        if coupling == "coupled":
+            want = [[sum(pair) / 2 for pair in zip(*want, strict=True)]] * 2
+        if rule == "A2":
+            want = [softmax(masses) for masses in want]
+        for p in (0, 1):
+            # The record has six digits.
+            assert found[p].tolist() == pytest.approx(want[p], rel=1e-4)
 
 
 def test_the_log_holds_flows_and_masses(tmp_path: Path) -> None:
