@@ -246,11 +246,13 @@ def batch_of(rows: int = 3) -> Batch:
     return Batch(inputs, inputs, torch.zeros(rows, dtype=torch.long), torch.arange(rows))
 
 
+@pytest.mark.parametrize("anchor", ["teacher", "student", "symmetric"])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_term_is_the_formula_over_pooled_layers(pooling: Any) -> None:
+def test_term_is_the_formula_over_pooled_layers(pooling: Any, anchor: Any) -> None:
     """By loops: join each row's layers in their order, project, compare."""
     torch.manual_seed(0)
-    term = IntermediateContrast(CILDASettings(pooling=pooling, projection_size=6), CONTEXT)
+    settings = CILDASettings(pooling=pooling, anchor=anchor, projection_size=6)
+    term = IntermediateContrast(settings, CONTEXT)
     student, teacher = outputs_of(2, 4, pooling=pooling), outputs_of(3, 5, pooling=pooling)
 
     def projected(outputs: Outputs, side: Any, row: int) -> list[float]:
@@ -262,7 +264,7 @@ def test_term_is_the_formula_over_pooled_layers(pooling: Any) -> None:
 
     z_T = [projected(teacher, term.teacher, row) for row in range(3)]
     z_S = [projected(student, term.student, row) for row in range(3)]
-    want = sum(contrast_naively(z_T, z_S, 2.0, "teacher")) / 3
+    want = sum(contrast_naively(z_T, z_S, 2.0, anchor)) / 3
     assert term(student, teacher, batch_of()).item() == near(want, 1e-5)
 
 

@@ -86,14 +86,19 @@ def make_term(width: int = 3, teacher_width: int = 5, **options: Any) -> FirstTo
     return term.double()
 
 
-def test_term_compares_the_projected_first_layer_with_its_own_teacher_layer() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_term_compares_the_projected_first_layer_with_its_own_teacher_layer(
+    normalise: bool, reduction: str
+) -> None:
     student, teacher = random(2, 3, 3), random(4, 3, 5, seed=1)
     mask = torch.ones(3, 2)
     inputs = Inputs(mask, mask, None)
     batch = Batch(inputs, inputs, torch.zeros(3), torch.arange(3))
     for layer_map, layer in (("uniform", 2), ("last", 3), ((4, 1), 4)):
-        term = make_term(layer_map=layer_map)
-        want = naive(student[:1] @ term.projection.detach(), teacher[[layer - 1]], True, "mean")
+        term = make_term(layer_map=layer_map, normalise=normalise, reduction=reduction)
+        projected = student[:1] @ term.projection.detach()
+        want = naive(projected, teacher[[layer - 1]], normalise, reduction)
         found = term(outputs_of(student), outputs_of(teacher), batch)
         assert found.item() == pytest.approx(want, rel=1e-12)
 

@@ -175,8 +175,8 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path: Path) ->
     [
         ({"layer_map": "uniform"}, (1, 2), (4, 8)),
         ({"layer_map": "uniform", "embedding": True, "final": True}, (0, 1, 2, 3), (0, 4, 8, 12)),
-        ({"layer_map": (2, 5, 9)}, (1, 2), (2, 5)),
-        ({"layer_map": "uniform", "form": "tkc002"}, (1, 2, 3), (4, 8, 12)),
+        ({"layer_map": (2, 5, 9), "pooling": "cls"}, (1, 2), (2, 5)),
+        ({"layer_map": "uniform", "form": "tkc002", "pooling": "unmasked_mean"}, (1, 2, 3), (4, 8, 12)),
     ],
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -188,14 +188,15 @@ def test_term_equals_loops_on_the_layers_end_to_end(
 ) -> None:
     term = make_term(**options, reduction=reduction, projection_size=4)
     assert term.teacher_layers() == teacher_layers
-    student, teacher, batch = sides()
+    pooling = options.get("pooling", "mean")
+    student, teacher, batch = sides(pooling=pooling)
     z = []
     for outputs, layers, projection in (
         (student, student_layers, term.student_projection),
         (teacher, teacher_layers, term.teacher_projection),
     ):
         rows = [
-            [x for layer in layers for x in outputs.pooled_states["mean", layer][row].tolist()]
+            [x for layer in layers for x in outputs.pooled_states[pooling, layer][row].tolist()]
             for row in range(2)
         ]
         W, b = projection.weight.tolist(), projection.bias.tolist()
