@@ -1,7 +1,9 @@
 """Each kind of source is read as meant, and whatever is wrong with it is named, file and row."""
 
+import csv
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,47 @@ def test_separated_labels_are_several_only_when_said(tmp_path: Path, cells: list
     assert dataset.split("train").labels.tolist() == [[1, 1], [0, 0], [0, 1]]
     write(tmp_path / "train.csv", "label,text\nx|y,t\nx,t\n")
     assert load(tmp_path, ("train",)).task.labels == ("x", "x|y")
+
+
+@pytest.mark.parametrize("kind", ["auto", "multi-label"])
+@pytest.mark.parametrize("write_list", [json.dumps, repr, lambda names: str(names).replace("', ", "',")])
+def test_a_list_as_text_is_the_list(tmp_path: Path, kind: str, write_list: Callable[[Any], str]) -> None:
+    """Taken apart at its commas, it gave labels such as '["x"', and "no label" was one of them."""
+    lists = [["x", "y, z"], ["y, z"], [], ["x"], ["it's", "x"]]
+    with (tmp_path / "train.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(
+            [("text", "label"), *(("t", f" {write_list(names)}") for names in lists)]
+        )
+    dataset = load(tmp_path, ("train",), kind=kind)
+    assert (dataset.task.kind, dataset.task.labels) == ("multi-label", ("it's", "x", "y, z"))
+    found = dataset.split("train").labels.tolist()
+    assert found == [[0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0]]
+
+
+@pytest.mark.parametrize("cell", ["['x' 'y']", '["x", "y]', "[x, y]", "[1 2]", "['x'] + ['y']"])
+def test_brackets_that_hold_no_list_are_refused(tmp_path: Path, cell: str) -> None:
+    """The first is how NumPy writes two labels: to Python it is one, xy."""
+    rows = [{"text": "t", "label": label} for label in ("x|y", "[x]|[y]", cell)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    refused(tmp_path, "row 3 (line 3)", "a list of labels", cell, 'JSON (["a", "b"])', kind="multi-label")
+    write_jsonl(tmp_path / "train.jsonl", rows[:2])
+    dataset = load(tmp_path, ("train",), kind="multi-label")
+    assert dataset.task.labels == ("[x]", "[y]", "x", "y")
+
+
+def test_classes_in_brackets_stay_classes(tmp_path: Path) -> None:
+    labelled(tmp_path / "train.csv", "[A]", "[B]")
+    assert load(tmp_path, ("train",)).task.labels == ("[A]", "[B]")
+    labelled(tmp_path / "train.csv", "[1]", "[2]")
+    assert load(tmp_path, ("train",), kind="classification").task.labels == ("[1]", "[2]")
+
+
+@pytest.mark.parametrize("labels", [None, ("x", "y")])
+@pytest.mark.parametrize("listed", [["x", ""], [" "], '["y", ""]'])
+def test_a_name_in_a_list_is_not_empty(tmp_path: Path, listed: Any, labels: tuple[str, ...] | None) -> None:
+    rows = [{"text": "t", "label": label} for label in (["x", "y"], listed)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    refused(tmp_path, "row 2 (line 2)", "Remove it from the list", labels=labels)
 
 
 def test_given_labels_name_the_numbers(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What a table's columns mean: which hold text, which the label, and what kind of label."""
 
+import ast
+import json
 import math
 import re
 import unicodedata
@@ -175,7 +177,8 @@ def _require_column(table: Table, column: str, key: str = "") -> None:
 def _labels(table: Table, column: str, kind: str, names: Sequence[str], *, optional: bool) -> list[Any]:
     """Return the label column; a value that is missing is an error, or None where labels are optional.
 
-    One of `MISSING` is always an error, as it may be a class, unless it is one of `names`.
+    One of `MISSING` is always an error, as it may be a class, unless it is one of `names`. Text that is
+    a list is the list, where labels may be lists.
     """
     if optional and column not in table.columns:
         return [None] * table.rows
@@ -196,6 +199,13 @@ def _labels(table: Table, column: str, kind: str, names: Sequence[str], *, optio
                 f"{table.at(row)}: the label ({column!r}) is {value.strip()}, which is taken for a missing "
                 f"one. Fill it in or {empty}.{named}"
             )
+        elif isinstance(value, str) and kind in ("auto", "multi-label"):
+            values[row] = found = _listed(value)
+            if multi and found is value and _bracketed(value) and "|" not in value:
+                raise WrongInput(
+                    f"{table.at(row)}: expected a list of labels in {column!r}, found {value!r:.40}. Write "
+                    'it as JSON (["a", "b"]), or put | between the names, without brackets.'
+                )
     return values
 
 
@@ -384,6 +394,30 @@ def _parts(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _listed(text: str) -> Any:
+    """Return the list that text is in JSON, or as Python writes it (and pandas with it), else the text.
+
+    Example:
+        >>> _listed('["x", "y"]'), _listed("['x', 'y']"), _listed("x, y")
+        (['x', 'y'], ['x', 'y'], 'x, y')
+    """
+    if not _bracketed(text):
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text.strip())
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            continue
+        # To Python, 'x' 'y' without a comma, as NumPy writes them, are one text.
+        if read is json.loads or "".join(repr(found).split()) == "".join(text.split()):
+            return found
+    return text
+
+
+def _bracketed(text: str) -> bool:
+    return text.strip().startswith("[") and text.strip().endswith("]")
+
+
 def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         return None
@@ -402,6 +436,11 @@ def _class(table: Table, row: int, value: Any) -> str:
     if isinstance(value, float | Decimal) and value % 1 == 0:
         return str(int(value))
     if isinstance(value, str):
+        if not value.strip():
+            raise WrongInput(
+                f"{table.at(row)}: expected names in the list of labels, found {value!r}. Remove it from "
+                "the list: [] says that a row has none."
+            )
         whole = _WHOLE.fullmatch(value.strip())
         return whole[1] if whole else value.strip()
     if isinstance(value, int | float | Decimal):
