@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -72,6 +73,18 @@ def test_pooled_states_are_hidden_states_over_real_tokens(model: Encoder) -> Non
             want = {"mean": real.mean(0), "cls": real[0], "unmasked_mean": row.mean(0)}
             for how in poolings:
                 torch.testing.assert_close(found.pooled_states[how, i][b], want[how].float())
+
+
+@pytest.mark.parametrize("width", [16, 24, 312])
+def test_a_mean_over_tokens_is_the_same_bits_whatever_the_padding(width: int) -> None:
+    """A recording pools rows in batches of other widths than training does."""
+    states = torch.randn(3, 40, width, generator=torch.Generator().manual_seed(0))
+    for tokens in range(5, 41):
+        alone = pool(states[:, :tokens], torch.ones(3, tokens), "mean")
+        for wide in {tokens + 1, tokens + 3, tokens + 8, 64} - {tokens}:
+            padded = F.pad(states[:, :tokens], (0, 0, 0, wide - tokens), value=5.0)
+            mask = F.pad(torch.ones(3, tokens), (0, wide - tokens))
+            assert torch.equal(pool(padded, mask, "mean"), alone), (tokens, wide)
 
 
 def test_pooled_states_are_computed_in_float32_under_bf16() -> None:

@@ -456,6 +456,27 @@ def test_the_student_of_a_recording_is_the_student_of_the_model(tmp_path: Path, 
         assert torch.equal(value, want[name]), name
 
 
+@pytest.mark.parametrize("method", ["codir", "rail-kd"])
+def test_rows_of_any_length_are_pooled_as_the_model_pools_them(tmp_path: Path, method: str) -> None:
+    """The rows of the other tests have few lengths; these are 5 to 40 tokens long."""
+    row = next(row for row in EACH if row.method == method)
+    live = make_live()
+    (needs,) = {*job_of(tmp_path / "job", row, count=24).plan.teacher_needs_of_stages()}
+    assert {how for how, _ in needs.pooled_states} == {"mean"}
+    words = " ".join(text for (text,) in zip(*ROWS.texts, strict=True)).split()
+    texts = [" ".join(words[i : i + i + 3]) for i in range(36)]
+    rows = Rows("made", (texts,), np.zeros(36, dtype=np.int64))
+    tokens = make_tokens(rows, live.encoder, max_length=40)
+    assert sorted(tokens.lengths.tolist()) == [*range(5, 41)]
+    cache = cache_of(tmp_path / "t", live, max_length=40)
+    teacher = record(live, cache, tokens, (needs,), max_bytes=10**9, console=QUIET)
+    for seed in range(6):
+        for index in np.array_split(np.random.default_rng(seed).permutation(36), 7):
+            batch = make_batch(index, rows, tokens)
+            mask = batch.teacher.attention_mask
+            assert_same(teacher(batch, needs), live(batch, needs), mask, needs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("method", "options"), [("kd", {}), ("lrc-bert", {"perturbation": "off", "switch": 0.0}), ("pkd", {})]
 )

@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _Key = TypeVar("_Key")
 
 Pooling = Literal["mean", "cls", "unmasked_mean"]
 """How token states become one vector per row: see `pool`."""
+
+_WHOLE = 16
+"""Tokens are summed in a multiple of this: else their number decides the order in which they are added."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ def _float(tensors: Mapping[_Key, Tensor]) -> dict[_Key, Tensor]:
 def pool(states_BSD: Tensor, mask_BS: Tensor, pooling: Pooling) -> Tensor:
     """Return one vector per row, in float32 (float64 stays): gradients flow through it.
 
+    Of a right-padded row, `mean` and `cls` are the same bits on a CPU however wide its batch is.
+
     Args:
         states_BSD: Token states; axes before B are kept.
         mask_BS: 1 on real tokens.
@@ -165,4 +171,5 @@ def pool(states_BSD: Tensor, mask_BS: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "unmasked_mean":
         return states.mean(-2)
     weight_BS1 = mask_BS.to(wide)[..., None]
-    return (states * weight_BS1).sum(-2) / weight_BS1.sum(-2)
+    masked = F.pad(states * weight_BS1, (0, 0, 0, -states.shape[-2] % _WHOLE))
+    return masked.sum(-2) / weight_BS1.sum(-2)
