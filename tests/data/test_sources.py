@@ -338,6 +338,16 @@ def test_true_is_another_spelling_in_json_too(tmp_path: Path) -> None:
     refused(tmp_path, "row 3 (line 3)", "'True'", "'true' in row 1")
 
 
+@pytest.mark.parametrize(("labels", "found"), [((True, 1, 0), "'1'"), ((0, True, False), "'false'")])
+def test_true_and_1_are_one_class(tmp_path: Path, labels: tuple[Any, ...], found: str) -> None:
+    """Two exports put together made three classes of two."""
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, [{"text": "t", "label": label} for label in labels])
+    refused(tmp_path, f"is {found}", "expected one spelling of a class")
+    given = load(tmp_path, ("train",), labels=("0", "1", "true", "false")).split("train").labels
+    assert len(set(given.tolist())) == 3
+
+
 @pytest.mark.parametrize("word", columns.MISSING)
 @pytest.mark.parametrize("kind", ["auto", "classification", "regression", "multi-label"])
 def test_a_word_for_missing_is_no_class_unless_it_is_named(tmp_path: Path, word: str, kind: str) -> None:

@@ -270,6 +270,8 @@ def _require_one_spelling(table: Table, column: str, found: Mapping[str, int]) -
     for name, row in found.items():
         number = _number(name)
         key = _spelling(name) if number is None else number
+        # What is 1 and 0 to one export is true and false to another.
+        key = {"true": 1.0, "false": 0.0}.get(key, key) if isinstance(key, str) else key
         other = spelt.setdefault(key, name)
         if other != name:
             raise WrongInput(
