@@ -95,6 +95,25 @@ def test_models_are_scored_on_what_their_labels_count_as(tmp_path: Path, data: P
     assert "labels" in found and "robustness" not in found
 
 
+def test_f1_is_that_of_the_classes_that_the_map_leaves(tmp_path: Path, data: Path) -> None:
+    """Twenty of thirty rows are b; the model says the same of every row.
+
+    Of two classes F1 is that of the second: all for b is 2 * 20 / (30 + 20), all for a leaves b none. Of
+    three, with rows of a and b alone, it is the mean over these and c, where c is said.
+    """
+    names = ("a", "b", "c")
+    says = {name: _model(tmp_path / name, tuple(float(name == n) for n in names), names) for name in names}
+    rows = {"0": "a", "1": "b", "2": "b"}
+    for labels, expected in (
+        ({**rows, "c": "b"}, {"a": 0.0, "b": 0.8, "c": 0.8}),
+        (rows, {"a": 0.5 / 2, "b": 0.8 / 2, "c": 0.0}),
+    ):
+        found = evaluate(list(says.values()), str(data), split="all", labels=labels)["models"]
+        assert [one["metrics"]["f1"] for one in found] == pytest.approx(list(expected.values()))
+        differences = [one["against_first"]["metrics"]["f1"]["value"] for one in found[1:]]
+        assert differences == pytest.approx([expected[n] - expected["a"] for n in "bc"])
+
+
 def test_models_of_other_classes_are_not_compared(tmp_path: Path, data: Path) -> None:
     three, two = _model(tmp_path / "nli", (0.0, 1.0, 2.0), NLI), _model(tmp_path / "rte", (0.0, 1.0), RTE)
     swapped = _model(tmp_path / "swapped", (0.0, 1.0, 2.0), NLI[::-1])

@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from stillroom.evaluation.metrics import METRICS
+from stillroom.data.tasks import Task
+from stillroom.evaluation.metrics import METRICS, functions_of
 from stillroom.evaluation.significance import (
     RESAMPLED,
     bootstrap_over_seeds,
@@ -15,6 +17,7 @@ from stillroom.evaluation.significance import (
 )
 
 ACCURACY = RESAMPLED["accuracy"]
+THREE = Task("made", "classification", ("text",), "label", ("a", "b", "c"), ("f1",))
 
 
 def _classes(count: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,7 +29,7 @@ def _classes(count: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("name", "classes"),
-    [("accuracy", 2), ("accuracy", 4), ("f1", 2), ("f1", 4), ("mcc", 2), ("mcc", 4)],
+    [("accuracy", 2), ("accuracy", 4), ("f1", 2), ("macro f1", 4), ("mcc", 2), ("mcc", 4)],
 )
 def test_resampled_metrics_of_classes_are_the_metrics(name: str, classes: int, seed: int) -> None:
     """Each resample's value is what scikit-learn gives for those rows."""
@@ -154,6 +157,23 @@ def test_seed_decides_the_draw_and_chunks_do_not(monkeypatch: pytest.MonkeyPatch
     assert paired_bootstrap(ACCURACY, a, b, labels, resamples=500, seed=1) != one
     monkeypatch.setattr("stillroom.evaluation.significance._CHUNK", 64 * 7)
     assert paired_bootstrap(ACCURACY, a, b, labels, resamples=500) == one
+
+
+@pytest.mark.parametrize("models", [paired_bootstrap, bootstrap_over_seeds])
+def test_resamples_without_a_class_have_the_same_metric(
+    monkeypatch: pytest.MonkeyPatch, models: Any
+) -> None:
+    """A third of them lacks the one row of the third class: what else is drawn at once must not matter."""
+    chance = np.random.default_rng(7)
+    labels = np.array([0, 1] * 10 + [2])
+    a, b = (np.where(chance.random(21) < 0.7, labels, labels % 2 ^ 1) for _ in range(2))
+    if models is bootstrap_over_seeds:
+        a, b = a[None], b[None]
+    (macro,) = functions_of(THREE, RESAMPLED).values()
+    one = models(macro, a, b, labels, resamples=200)
+    monkeypatch.setattr("stillroom.evaluation.significance._CHUNK", 1)
+    two = models(macro, a, b, labels, resamples=200)
+    assert (two.value, two.low, two.high) == pytest.approx((one.value, one.low, one.high), rel=1e-12)
 
 
 def test_a_higher_level_is_wider() -> None:

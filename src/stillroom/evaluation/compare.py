@@ -21,7 +21,7 @@ from stillroom.encoder import Encoder
 from stillroom.errors import WrongInput
 from stillroom.evaluation import cost
 from stillroom.evaluation.label_map import LabelMap
-from stillroom.evaluation.metrics import predictions, score
+from stillroom.evaluation.metrics import functions_of, predictions, score
 from stillroom.evaluation.predict import predict, predict_rows
 from stillroom.evaluation.robustness import measure
 from stillroom.evaluation.significance import RESAMPLED, mcnemar, paired_bootstrap
@@ -227,8 +227,8 @@ def require_same_labels(name: str, model: Encoder, task: Task, console: Console)
 def _compare(task: Task, rows: Rows, first: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {
         "metrics": {
-            name: asdict(paired_bootstrap(RESAMPLED[name], first, other, rows.labels))
-            for name in task.metrics
+            name: asdict(paired_bootstrap(metric, first, other, rows.labels))
+            for name, metric in functions_of(task, RESAMPLED).items()
         }
     }
     if task.kind == "classification":

@@ -2,6 +2,9 @@
 
 As in out-of-domain evaluation (McCoy et al. 2019, arXiv 1902.01007, on HANS): a model of three classes is
 scored on a set of two by what its predicted class counts as.
+
+Metrics are those of the classes that the map makes: where it leaves two, F1 is of the second of them,
+in the order of the model's labels; where it leaves more, macro F1, also of a set that has rows of two.
 """
 
 from collections.abc import Mapping, Sequence

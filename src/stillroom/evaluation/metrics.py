@@ -1,7 +1,8 @@
 """GLUE's metrics and what goes with them, computed by scikit-learn and scipy."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
@@ -12,12 +13,16 @@ from stillroom.errors import WrongInput
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
 
 def _f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    if labels.ndim == 2:
-        return float(sk.f1_score(labels, predicted, average="micro", zero_division=0))
-    average = "binary" if labels.max(initial=0) <= 1 else "macro"
+    average = "micro" if labels.ndim == 2 else "binary"
     return float(sk.f1_score(labels, predicted, average=average, zero_division=0))
+
+
+def _macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
+    return float(sk.f1_score(labels, predicted, average="macro", zero_division=0))
 
 
 def _correlation(function: Callable[..., tuple[float, float]]) -> Metric:
@@ -35,12 +40,32 @@ def _correlation(function: Callable[..., tuple[float, float]]) -> Metric:
 METRICS: dict[str, Metric] = {
     "accuracy": lambda labels, predicted: float(sk.accuracy_score(labels, predicted)),
     "f1": _f1,
+    "macro f1": _macro_f1,
     "mcc": lambda labels, predicted: float(sk.matthews_corrcoef(labels, predicted)),
     "pearson": _correlation(stats.pearsonr),
     "spearman": _correlation(stats.spearmanr),
 }
-"""Metric by name; each takes labels and predictions. F1 is of class 1 for two classes, macro for
-more, micro for multi-label; multi-label accuracy counts rows with every label right."""
+"""Metric by name; each takes labels and predictions. F1 is of class 1 of two, and micro for multi-label;
+macro F1 is the mean of the F1 of each class that labels or predictions have. Multi-label accuracy
+counts rows with every label right."""
+
+
+def functions_of(task: Task, functions: Mapping[str, _Function]) -> dict[str, _Function]:
+    """Return the task's metrics by their names in it, the one that selects first.
+
+    The F1 of a task of more than two classes is macro F1, whichever of them the scored rows have.
+
+    Args:
+        task: Names the metrics, and has the classes: those that a `LabelMap` makes, where there is one.
+        functions: `METRICS`, or `significance.RESAMPLED`.
+
+    Example:
+        >>> from stillroom.data.tasks import GLUE
+        >>> functions_of(GLUE["glue/mrpc"], {"f1": "of class 1", "macro f1": "macro", "accuracy": "share"})
+        {'f1': 'of class 1', 'accuracy': 'share'}
+    """
+    macro = task.kind == "classification" and task.outputs > 2
+    return {name: functions["macro f1" if macro and name == "f1" else name] for name in task.metrics}
 
 
 def predictions(logits: np.ndarray, kind: Kind) -> np.ndarray:
@@ -79,4 +104,4 @@ def score(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float
             "or overflow. Evaluate it with --precision float32, or train it again."
         )
     predicted = predictions(logits, task.kind)
-    return {name: METRICS[name](labels, predicted) for name in task.metrics}
+    return {name: metric(labels, predicted) for name, metric in functions_of(task, METRICS).items()}

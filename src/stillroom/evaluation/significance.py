@@ -187,8 +187,10 @@ def _accuracy(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def _f1(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    if labels.ndim == 3 or labels.max() <= 1:
-        return _f1_of(labels == 1, predicted == 1, empty=0.0)
+    return _f1_of(labels == 1, predicted == 1, empty=0.0)
+
+
+def _macro_f1(labels: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     classes = range(max(labels.max(), predicted.max()) + 1)
     each = [_f1_of(labels == c, predicted == c, empty=np.nan) for c in classes]
     # A class that a resample lacks is no part of its mean.
@@ -237,8 +239,10 @@ def _ratio(covariance: np.ndarray, variance_a: np.ndarray, variance_b: np.ndarra
 RESAMPLED: dict[str, Resampled] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro f1": _macro_f1,
     "mcc": _mcc,
     "pearson": _pearson,
     "spearman": _spearman,
 }
-"""The functions of `metrics.METRICS` over many resamples at once: those take a millisecond each."""
+"""The functions of `metrics.METRICS` over many resamples at once: those take a millisecond each.
+`metrics.functions_of` says which are a task's."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from stillroom.evaluation.metrics import predictions
+from stillroom.evaluation.metrics import functions_of, predictions
 from stillroom.evaluation.significance import RESAMPLED, mcnemar, paired_bootstrap
 from stillroom.methods import METHODS
 from stillroom.report import flow, pictures
@@ -147,8 +147,8 @@ def tests(run: Run) -> list[Test]:
         p = None
         if task.kind == "classification":
             p = mcnemar(said[a] == labels, said[b] == labels).p
-        for i, metric in enumerate(task.metrics):
-            d = paired_bootstrap(RESAMPLED[metric], said[a], said[b], labels)
+        for i, (metric, function) in enumerate(functions_of(task, RESAMPLED).items()):
+            d = paired_bootstrap(function, said[a], said[b], labels)
             low, high = 100 * d.low, 100 * d.high
             found.append(Test(a, b, metric, i == 0, 100 * d.value, low, high, p if i == 0 else None))
     return found

@@ -25,8 +25,8 @@ from stillroom.data.tokens import Tokens
 from stillroom.encoder import Encoder
 from stillroom.errors import RunFailed, WrongInput
 from stillroom.evaluation import cost, predictions
+from stillroom.evaluation.metrics import functions_of, score
 from stillroom.evaluation.metrics import predictions as answers
-from stillroom.evaluation.metrics import score
 from stillroom.evaluation.out_of_domain import OutOfDomain
 from stillroom.evaluation.predict import predict
 from stillroom.evaluation.predictions import PREDICTIONS, Predictions
@@ -485,8 +485,8 @@ def _collect(
                 continue
             a, b = (np.stack([said[name][seed] for seed in both]) for name in (control, variant))
             entry["against_control"] = {
-                name: asdict(bootstrap_over_seeds(RESAMPLED[name], a, b, rows.labels))
-                for name in task.metrics
+                name: asdict(bootstrap_over_seeds(metric, a, b, rows.labels))
+                for name, metric in functions_of(task, RESAMPLED).items()
             }
         found["students"][made] = {**costs["students"][made], "control": control, "methods": entries}
     return found
