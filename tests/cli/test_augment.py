@@ -206,6 +206,37 @@ def test_a_killed_augmentation_goes_on_to_the_same_file(
     assert "not there yet" in replace(workspace, output, "--generator", generator, code=2).stderr
 
 
+def test_a_call_that_was_killed_over_its_parts_removes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file was whole, and the same call asked for it to be removed."""
+    data, output = tmp_path / "data", tmp_path / "a.parquet"
+    data.mkdir()
+    for name in ("train", "validation"):
+        (data / f"{name}.csv").write_text(f"text,label\ngood {name},x\nbad {name},y\n")
+    table = {"lemma": ["good", "bad"], "synonyms": [["great", "fine"], ["poor"]]}
+    pq.write_table(pa.table(table), tmp_path / "synonyms.parquet")
+    command = ("augment", "--method", "tinybert", "--dataset", data, "-o", output, "--json")
+    options = ("--synonyms", tmp_path / "synonyms.parquet")
+
+    def dies(folder: Path) -> None:
+        (folder / "plan.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(replace_words.shutil, "rmtree", dies)
+        call(*command, *options, code=130)
+    parts, made = tmp_path / "a.parquet.parts", output.read_bytes()
+    assert parts.exists()
+    assert "not there yet" in call(*command, *options, "--draw", 1, code=2).stderr
+    assert parts.exists()
+    found = json.loads(call(*command, *options).stdout)
+    assert output.read_bytes() == made and not parts.exists()
+    output.unlink()
+    again = json.loads(call(*command, *options).stdout)
+    assert {**found, "seconds": 0} == {**again, "seconds": 0} and output.read_bytes() == made
+
+
 def test_a_copy_that_is_a_validation_row_is_left_out(workspace: Workspace, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

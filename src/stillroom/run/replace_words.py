@@ -4,7 +4,6 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,10 +92,9 @@ def write(
         raise WrongInput(
             f"Augmented rows are written as Parquet: expected a name in .parquet, found {output}."
         )
-    if output.exists():
-        raise WrongInput(
-            f"Expected a file that is not there yet, found {output}. Remove it, or name another."
-        )
+    folder = output.with_name(output.name + ".parts")
+    if output.exists() and not folder.exists():
+        raise _in_the_way(output)
     dataset, index = _source_rows(settings)
     who, origin = _open(how)
     bf16 = use_bf16("auto")
@@ -114,30 +112,26 @@ def write(
         "draw": how.draw,
         "precision": "bf16" if bf16 else "float32",
     }
-    folder = output.with_name(output.name + ".parts")
     with durable.locked(folder):
+        if output.exists():
+            # Killed while it removed the parts: what it made of them is whole.
+            written, words = _finished(output, plan)
+            shutil.rmtree(folder)
+            return _told(output, plan, written, words, started)
         _same_plan(folder, plan)
         avoid = frozenset(dataset.splits["validation"].text_keys())
         parts = [index[start : start + _PART] for start in range(0, len(index), _PART)]
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task("Augmenting", total=len(index))
             for number, rows in enumerate(parts):
-                place = folder / f"{number:06}.parquet"
+                place = _part(folder, number)
                 if not place.exists():
                     made = _augmented(dataset, rows, who, how, avoid, bf16=bf16)
                     _write_part(place, dataset.task.text, made)
                 bar.advance(task, len(rows))
         written, words = _join(output, folder, len(parts), plan)
     shutil.rmtree(folder)
-    return {
-        "output": str(output),
-        "dataset": settings.name,
-        "rows": len(index),
-        "augmented": written,
-        "copies": plan["copies"],
-        "words": words,
-        "seconds": time.perf_counter() - started,
-    }
+    return _told(output, plan, written, words, started)
 
 
 def show(
@@ -274,6 +268,37 @@ def _same_plan(folder: Path, plan: dict[str, Any]) -> None:
         )
 
 
+def _told(
+    output: Path, plan: dict[str, Any], written: int, words: dict[str, int], started: float
+) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "dataset": plan["dataset"],
+        "rows": plan["rows"],
+        "augmented": written,
+        "copies": plan["copies"],
+        "words": words,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _in_the_way(output: Path) -> WrongInput:
+    return WrongInput(f"Expected a file that is not there yet, found {output}. Remove it, or name another.")
+
+
+def _finished(output: Path, plan: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """Return what `_join` did of a file that it wrote by this plan; any other raises `WrongInput`."""
+    try:
+        found = pq.read_metadata(output)
+        about = json.loads((found.metadata or {})[ABOUT])
+        words = about.pop("words")
+    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError):
+        raise _in_the_way(output) from None
+    if about != plan:
+        raise _in_the_way(output)
+    return found.num_rows, words
+
+
 def _write_part(path: Path, columns: tuple[str, ...], made: _Made) -> None:
     texts = _columns(made.texts, len(columns))
     table = pa.table(
@@ -289,11 +314,14 @@ def _write_part(path: Path, columns: tuple[str, ...], made: _Made) -> None:
 def _join(output: Path, folder: Path, count: int, plan: dict[str, Any]) -> tuple[int, dict[str, int]]:
     """Write the parts as one file, and return its rows and the words by who proposed them."""
     rows, words = 0, Counter[str]()
+    for number in range(count):
+        about = pq.read_schema(_part(folder, number)).metadata[ABOUT]
+        words.update(json.loads(about)["words"])
+    noted = {ABOUT: json.dumps({**plan, "words": words})}
     with durable.new_file(output) as stream:
         writer = None
-        for table in _parts(folder, count):
-            words.update(json.loads(table.schema.metadata[ABOUT])["words"])
-            table = table.replace_schema_metadata({ABOUT: json.dumps(plan)})
+        for number in range(count):
+            table = pq.read_table(_part(folder, number)).replace_schema_metadata(noted)
             writer = writer or pq.ParquetWriter(stream, table.schema, compression="zstd")
             writer.write_table(table)
             rows += table.num_rows
@@ -302,6 +330,5 @@ def _join(output: Path, folder: Path, count: int, plan: dict[str, Any]) -> tuple
     return rows, dict(words)
 
 
-def _parts(folder: Path, count: int) -> Iterator[Any]:
-    for number in range(count):
-        yield pq.read_table(folder / f"{number:06}.parquet")
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}.parquet"
