@@ -79,7 +79,12 @@ def test_another_configuration_of_the_teacher_is_refused(done: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("training.learning_rate", 0.5), ("training.epochs", 2.0), ("method.temperature", 9.0)],
+    [
+        ("training.learning_rate", 0.5),
+        ("training.epochs", 2.0),
+        ("training.checkpoint_every", 7),
+        ("method.temperature", 9.0),
+    ],
 )
 def test_another_recipe_is_refused(done: Path, key: str, value: float) -> None:
     path = done / provenance.RECIPE
@@ -96,7 +101,7 @@ def test_another_recipe_is_refused(done: Path, key: str, value: float) -> None:
 def test_what_does_not_make_the_student_may_change(done: Path) -> None:
     path = done / provenance.RECIPE
     recipe = yaml.safe_load(path.read_text())
-    recipe["training"].update(checkpoint_every=7, log_every=3)
+    recipe["training"].update(keep_checkpoints=7, log_every=3)
     path.write_text(yaml.safe_dump(recipe))
     assert "Warning" not in resume(done)
 

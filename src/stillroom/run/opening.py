@@ -100,7 +100,8 @@ def begin(
     return recipe
 
 
-_HARMLESS = {"checkpoint_every", "keep_checkpoints", "log_every", "log_with"}
+# Not `checkpoint_every`: a checkpoint rounds the words that no row has, whose decay waits until then.
+_HARMLESS = {"keep_checkpoints", "log_every", "log_with"}
 """Settings of the training that a run may be resumed with changed: its student is the same."""
 
 
