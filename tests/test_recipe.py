@@ -471,6 +471,12 @@ COMPARED = {"teacher": "t", "dataset": "d", "methods": ["kd"]}
             "expected no training.seed of a",
         ),
         (
+            lambda: Comparison.load(
+                **{**COMPARED, "methods": {"a": {"method": "kd", "training": {"precision": "bf16"}}}}
+            ),
+            "expected training.precision of the comparison, which holds for all its methods, and found",
+        ),
+        (
             lambda: Comparison.load(**{**COMPARED, "methods": ["kd", "none", "kd"]}),
             r"methods should differ, found \['kd', 'none', 'kd'\]",
         ),

@@ -78,6 +78,14 @@ def test_every_combination_is_tried_and_the_best_is_a_recipe(
     assert recipe.dataset.name == str(workspace.data)
 
 
+def test_each_run_has_the_precision_that_it_tries(workspace: Workspace, tmp_path: Path) -> None:
+    tries = ("--try", "training.precision=float32,bf16", "--json")
+    found = json.loads(run(*command(workspace, tmp_path / "out", *tries)).stdout)
+    for one in found["trials"]:
+        metrics = json.loads((tmp_path / "out" / "runs" / one["run"] / "metrics.json").read_text())
+        assert metrics["environment"]["precision"] == one["values"]["training.precision"]
+
+
 def test_what_is_done_is_skipped_and_other_sweeps_are_refused(
     workspace: Workspace, swept: tuple[Path, Any]
 ) -> None:
@@ -220,6 +228,15 @@ def test_rows_that_are_held_out_are_not_trained_on_nor_made_others_of() -> None:
     assert found.splits["validation"].unlabelled.tolist() == [False] * 3  # type: ignore[union-attr]
     with pytest.raises(WrongInput, match="too few"):
         sweeping.hold_out(make_dataset(count=18))
+
+
+def test_a_text_that_recurs_is_on_one_side_alone() -> None:
+    """Else every run of the sweep would be refused, as its validation rows are trained on."""
+    plain = make_dataset(count=60)
+    twice = plain.splits["train"].take(np.tile(np.arange(30), 2))
+    found = sweeping.hold_out(replace(plain, splits={**plain.splits, "train": twice})).splits
+    assert len(found["validation"]) == 6 and len(found["train"]) >= 60 - 2 * 6
+    assert not set(found["train"].texts[0]) & set(found["validation"].texts[0])
 
 
 def test_a_saved_sweep_is_read_again(tmp_path: Path) -> None:

@@ -99,10 +99,17 @@ class Comparison(TaskRecipe):
         return values
 
     @model_validator(mode="after")
-    def _seeds_are_the_comparisons(self) -> Self:
+    def _some_settings_are_the_comparisons(self) -> Self:
         for name, variant in self.methods.items():
             if "seed" in variant.training:
                 raise ValueError(f"a comparison has `seeds`, expected no training.seed of {name}")
+            for key in ("precision", "packed"):
+                # All runs read one teacher, which is computed in one way.
+                if key in variant.training:
+                    raise ValueError(
+                        f"expected training.{key} of the comparison, which holds for all its methods, and "
+                        f"found one of {name}"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -156,7 +156,8 @@ def _name(number: int) -> str:
 def hold_out(dataset: Dataset) -> Dataset:
     """Return the data with a tenth of its training rows (2,000 at most) as the validation split.
 
-    They are drawn with a fixed seed. Augmented rows that were made of them are not trained on.
+    They are drawn with a fixed seed. Augmented rows that were made of them are not trained on, nor are
+    rows of the same text.
     """
     train = dataset.splits["train"]
     count = len(train) - dataset.augmented
@@ -172,7 +173,8 @@ def hold_out(dataset: Dataset) -> Dataset:
     chance = np.random.Generator(np.random.Philox(key=2))
     held = np.zeros(len(train), dtype=bool)
     held[chance.permutation(labelled)[: min(len(labelled) // HELD_OUT, MOST_HELD_OUT)]] = True
-    rest, sources = ~held, dataset.source_rows
+    keys = np.array(train.text_keys())
+    rest, sources = ~np.isin(keys, keys[held]), dataset.source_rows
     if sources is not None:
         rest[count:] = rest[sources]
         sources = (np.cumsum(rest) - 1)[sources[rest[count:]]]
@@ -273,7 +275,8 @@ class _Worker:
         """Return what runs with this teacher and these rows share, and its logits of what is scored."""
         # Without a teacher a student's own checkpoint says what it looks like.
         model = recipe.student if recipe.teacher is None else recipe.teacher.name
-        key = json.dumps([model, recipe.dataset.model_dump(mode="json")])
+        how = [recipe.training.precision, recipe.training.packed]
+        key = json.dumps([model, recipe.dataset.model_dump(mode="json"), how])
         if key not in self._commons:
             # One at a time: another teacher is rarely tried, and would fill the memory.
             self._commons.clear()
