@@ -16,8 +16,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
 
 
 @pytest.fixture
-def script() -> ModuleType:
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script that does the same with a real teacher and ten kills."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("kill_resume", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -13,7 +13,7 @@ from stillroom.encoder import Needs
 from stillroom.training import loop
 from stillroom.training.schedule import Schedule
 from stillroom.training.vocabulary import Vocabulary, trained_words, whole_table
-from tiny import FAMILIES, make_batch_of, make_encoder, make_job, make_rows, make_task
+from tiny import FAMILIES, logits_of, make_batch_of, make_encoder, make_job, make_rows, make_task
 
 QUIET = Console(quiet=True)
 
@@ -85,7 +85,7 @@ def test_evaluation_reads_words_that_training_does_not() -> None:
     task = make_task()
     student = make_encoder(task=task)
     batch = make_batch_of(make_rows(task, 8), student)
-    want = student(batch.student, Needs(logits=True)).logits
+    want = logits_of(student, batch.student)
     with trained_words(student, np.array([2, 3])) as words, torch.no_grad():
         assert words is not None
         with pytest.raises(IndexError):
