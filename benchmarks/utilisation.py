@@ -104,13 +104,15 @@ def teacher_pass(work: Path, bf16: bool) -> float:
     from stillroom import encoder
     from stillroom.data.batching import pad, sequential_batches
     from stillroom.encoder import Needs
+    from stillroom.teacher.live import LiveTeacher
 
-    tokens, teacher = tokens_of(work), encoder.load(str(work / "teacher")).to(DEVICE)
+    tokens, device = tokens_of(work), torch.device(DEVICE)
+    teacher = LiveTeacher(encoder.load(str(work / "teacher")), device=device, bf16=bf16)
     needs = Needs(logits=True, hidden_states=frozenset(LAYERS.values()))
     start = time.perf_counter()
-    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+    with torch.inference_mode():
         for rows in sequential_batches(tokens.lengths, batch_size=BATCH_SIZE):
-            teacher(pad(tokens, rows).to(torch.device(DEVICE)), needs)
+            teacher.of_words(pad(tokens, rows).to(device), needs, None)
     finish()
     return time.perf_counter() - start
 
