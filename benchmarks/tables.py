@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py
 
-Only rows: heads and the text around them stay. tests/test_docs.py tells where that quotes another figure.
+Only rows: heads and the text around them stay. tests/test_performance_page.py tells where
+that quotes another figure.
 """
 
 import json

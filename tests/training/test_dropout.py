@@ -117,6 +117,7 @@ def test_what_is_not_plain_attention_is_left_to_transformers(
     k = torch.randn(2, 2, 5, 3) if other == "shared keys" else q
     named: dict[str, Any] = {
         "causal": {"is_causal": True},
+        "causal by itself": {"is_causal": None},
         "softcap": {"softcap": 5.0},
         "position bias": {"position_bias": torch.zeros(1)},
     }.get(other, {})

@@ -47,7 +47,8 @@ _LANES = 16
 
 def computes_plainly(module: nn.Module, query: Tensor, key: Tensor, others: dict[str, Any]) -> bool:
     """Return whether this is attention of a row to itself on a CPU, with nothing added but a mask."""
-    special = others.get("is_causal", getattr(module, "is_causal", False)) or others.get("softcap")
+    causal = others.get("is_causal")
+    special = (getattr(module, "is_causal", False) if causal is None else causal) or others.get("softcap")
     plain = query.device.type == "cpu" and key.shape == query.shape
     return plain and not special and others.get("position_bias") is None
 
